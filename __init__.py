@@ -1,0 +1,1 @@
+"""The repository root: the folders beside this file import as `hocket.<folder>`; no code lives here."""

@@ -1,0 +1,1 @@
+"""The router: chooses workers, publishes jobs and streams answers; floor 1 over `bus`."""

@@ -1,0 +1,198 @@
+"""The contracts of the data plane: a pool of KV blocks, a link between two processes, and what a hand-off is.
+
+A link moves two things: small control frames (ordered, typed, `frames.py`) and messages of KV bytes, each sent from
+and received into lists of host buffers that the caller names. A message's bytes go straight into the posted buffers.
+`tests/transport/test_link_contract.py` is what every link owes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .layout import KvLayout
+
+Buffer = npt.NDArray[np.uint8]
+"""A contiguous run of host bytes; a view, never a copy."""
+Done = Callable[[BaseException | None], None]
+"""Called once, on the loop: None when all bytes have moved; else why not, and from then on the buffers are safe."""
+ControlHandler = Callable[[bytes], None]
+LostHandler = Callable[[Exception], None]
+
+
+class KvPool(Protocol):
+    """The KV cache of one worker, as bytes. Blocks are numbered 0..blocks-1 alike in every layer."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    def buffers(self, layer: int, block_ids: Sequence[int]) -> list[Buffer]:
+        """Views of those blocks in that order; neighbours in memory may come as one view. Raises IndexError."""
+
+    def digest(self, layer: int, block_ids: Sequence[int]) -> int:
+        """xxh3-64 over the bytes of those blocks in that order: equal contents, equal digest, wherever they lie."""
+
+
+class Link(Protocol):
+    """A connection to one peer process. All calls on the loop that made it."""
+
+    @property
+    def peer(self) -> str:
+        """The other side, for logs: "ucx://127.0.0.1:4000"."""
+
+    @property
+    def transport(self) -> str:
+        """What really moves the bytes, as far as it can be known: "tcp", "ucx(sysv,cma,tcp)", "inproc"."""
+
+    def send_control(self, payload: bytes) -> None:
+        """Queue one control frame of at most 1 MiB; delivered in order or the link is lost. Raises LinkLost."""
+
+    def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+        """Send one message of KV bytes; the buffers must not change until `done`. Raises LinkLost."""
+
+    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+        """Receive the message with `tag` (any order) into the buffers; its length must be theirs. Raises LinkLost."""
+
+    def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
+        """Begin to deliver. `on_lost` is called once, after every outstanding `done`."""
+
+    async def abort(self) -> None:
+        """Drop the link now. When this returns every `done` was called and the peer can write nothing more here."""
+
+    async def aclose(self) -> None:
+        """Send what is queued (bounded by one second), then `abort`."""
+
+
+class Listener(Protocol):
+    """Where peers connect."""
+
+    @property
+    def address(self) -> str:
+        """What a peer passes to `connect`: "tcp://127.0.0.1:4000"."""
+
+    async def aclose(self) -> None: ...
+
+
+class Transport(Protocol):
+    """One way to make links. One instance per process and loop; links of one instance share its progress engine."""
+
+    scheme: str
+
+    async def start(self) -> None:
+        """Raises TransportUnavailable with the reason."""
+
+    async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
+        """Accept on a free port; `on_link` gets each link before it delivers (call its `start`)."""
+
+    async def connect(self, address: str, *, timeout_s: float) -> Link:
+        """Raises LinkLost when nobody answers in time, ValueError when the address is not of this scheme."""
+
+    async def aclose(self) -> None: ...
+
+
+class HandoffKey(msgspec.Struct, frozen=True, array_like=True):
+    """One try at one hand-off. Order: a larger (attempt, delivery) of the same token replaces a smaller one."""
+
+    token: bytes  # 16 random bytes from the router
+    attempt: int  # router-issued
+    delivery: int  # of the prefill job by the queue, from 1
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Decode side: KV that somebody will bring, and where it goes."""
+
+    token: bytes
+    attempt: int
+    first_block: int  # logical blocks before it are already here (prefix cache hit)
+    block_ids: tuple[int, ...]  # of this worker's pool, for logical blocks first_block, first_block + 1, ...
+    timeout_s: float  # until it must have landed, however often the sender changes
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveEnd:
+    """Decode side: the expectation is over and no writer can touch its blocks any more."""
+
+    token: bytes
+    is_landed: bool  # every block of every layer is here and every digest fits
+    good_blocks: int  # leading blocks of the expectation that are complete and verified in all layers
+    kv_bytes: int  # received
+    reason: str = ""  # when not landed: "timeout", "cancelled", "digest", "sender_failed", "link_lost", "stalled", "closing"
+
+
+@dataclass(frozen=True, slots=True)
+class SendOrder:
+    """Prefill side: where a prompt's KV goes."""
+
+    key: HandoffKey
+    addresses: tuple[str, ...]  # of the decode worker, best first
+    decode_epoch: int
+    fingerprint: str
+    blocks: int  # of the whole prompt, the last one may be partly filled
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill side: blocks that the engine fills in one forward pass."""
+
+    first_block: int  # logical
+    block_ids: tuple[int, ...]  # of this worker's pool
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendReleased:
+    """Prefill side: nothing reads this key's source blocks any more. Comes exactly once for each opened key."""
+
+    key: HandoffKey
+
+
+@dataclass(frozen=True, slots=True)
+class SendEnd:
+    """Prefill side: the hand-off is over. Comes exactly once for each opened key."""
+
+    key: HandoffKey
+    is_landed: bool
+    kv_bytes: int
+    reason: str = ""  # "refused:<why>", "cancelled", "link_lost", "timeout", "aborted", "closing"
+
+
+class HandoffEndpointLike(Protocol):
+    """One process's side of every hand-off (`endpoint.HandoffEndpoint`). All calls and callbacks on its own loop."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where prefill workers connect, best first; empty when it does not listen."""
+
+    async def start(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+    # decode side
+    def expect(self, expectation: Expectation, on_end: Callable[[ReceiveEnd], None]) -> None:
+        """Grant the blocks to whoever claims the token. `on_end` comes exactly once."""
+
+    def cancel(self, token: bytes) -> None:
+        """Give up; `on_end` follows as soon as the blocks are safe. Unknown tokens are ignored."""
+
+    # prefill side
+    def open(self, order: SendOrder, on_event: Callable[[SendReleased | SendEnd], None]) -> None:
+        """Connect and claim; chunks may be announced at once and are sent when granted."""
+
+    def announce(self, key: HandoffKey, chunk: Chunk) -> None:
+        """A forward pass for these blocks begins; they must stay until SendReleased."""
+
+    def layer_ready(self, key: HandoffKey, layer: int) -> None:
+        """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
+
+    def abort(self, key: HandoffKey, reason: str) -> None:
+        """There will be no more chunks; SendReleased and SendEnd follow."""
