@@ -1,0 +1,132 @@
+"""What a policy is, what it sees, and how one is found by name.
+
+A policy is asked once for each request (and again when a worker refuses it). It is synchronous, pure and total: equal
+inputs give equal choices. Time and randomness are arguments, so that a recorded run can be replayed exactly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+from ...bus.ids import RequestId, WorkerId
+
+Plan = Literal["remote", "local"]
+"""`remote`: a prefill worker computes the prompt and streams its KV over; `local`: the decode worker computes it itself."""
+
+ENTRY_POINTS = "hocket.policies"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What a policy knows of the request."""
+
+    request_id: RequestId
+    model: str
+    prompt_tokens: int  # the ISL
+    max_tokens: int  # the most it may generate
+    prefill_workers: int  # alive and able to serve it
+    local_prefill_tokens_max: int  # from the configuration
+
+    def default_plan(self, worker: WorkerView) -> Plan:
+        """`local` when no prefill worker lives or at most `local_prefill_tokens_max` prompt tokens are not cached on `worker`."""
+        uncached_tokens = self.prompt_tokens - worker.hit_blocks * worker.block_tokens
+        is_local = not self.prefill_workers or uncached_tokens <= self.local_prefill_tokens_max
+        return "local" if is_local and worker.can_prefill_locally else "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """What a policy knows of one live decode worker that serves the model."""
+
+    worker_id: WorkerId
+    block_tokens: int
+    slots: int
+    kv_blocks: int
+    can_prefill_locally: bool
+    hit_blocks: int  # leading blocks of this prompt that are in its prefix cache
+    in_flight: int  # requests of this router that it holds
+    in_flight_blocks: int  # KV blocks of those, prompt and the most they may generate
+    running: int  # as of its last heartbeat, all routers together
+    waiting: int
+    kv_blocks_free: int
+
+    @property
+    def load(self) -> int:
+        """Requests it holds: what it last said, or what we know it was given since."""
+        return max(self.running + self.waiting, self.in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where the request goes."""
+
+    worker_id: WorkerId
+    plan: Plan | None = None  # None: RequestView.default_plan of that worker
+    why: str = ""  # one line for the trace: "prefix hit 12 of 16 blocks, 3 running"
+
+
+class Policy(Protocol):
+    """Sync, pure, total: equal inputs give equal choices."""
+
+    def pick(
+        self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random
+    ) -> Choice:
+        """Choose one of `workers` (never empty, always in the same order). `now` is monotonic seconds."""
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be loaded; the text says which and why."""
+
+
+def load_policy(name: str) -> Policy:
+    """The policy called `name`: an installed one, `module:Class`, or `path/to/file.py:Class`. Raises PolicyError."""
+    target, colon, class_name = name.rpartition(":")
+    try:
+        if not colon:
+            factory = _installed(name)
+        elif target.endswith(".py"):
+            factory = _class_in(_module_from_file(Path(target)), class_name)
+        else:
+            factory = _class_in(importlib.import_module(target), class_name)
+        policy = factory()
+    except PolicyError:
+        raise
+    except Exception as error:  # A user's module may raise anything while it is imported or built.
+        raise PolicyError(f"policy {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(getattr(policy, "pick", None)):
+        raise PolicyError(f"policy {name!r} has no method pick(request, workers, now, rng)")
+    return policy
+
+
+def _installed(name: str) -> Callable[[], Policy]:
+    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if name not in found:
+        raise PolicyError(f"no policy {name!r}; installed: {', '.join(sorted(found))}; or give module:Class or file.py:Class")
+    return cast(Callable[[], Policy], found[name].load())  # An entry point's value has no type; pick is checked above.
+
+
+def _module_from_file(path: Path) -> object:
+    if not path.is_file():
+        raise PolicyError(f"no policy file {path}")
+    spec = importlib.util.spec_from_file_location(f"hocket_policy_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise PolicyError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses in the file look their module up.
+    spec.loader.exec_module(module)
+    return module
+
+
+def _class_in(module: object, class_name: str) -> Callable[[], Policy]:
+    found = getattr(module, class_name, None)
+    if not callable(found):
+        raise PolicyError(f"no class {class_name!r} in {getattr(module, '__name__', module)}")
+    return cast(Callable[[], Policy], found)  # Any callable may be a factory; its result is checked above.

@@ -1,0 +1,145 @@
+"""What this router knows of the workers: who lives, how busy, with how much of our work. Pure state.
+
+A worker is taken in when its card is known and it has given a sign of life, is suspect after `suspect_s` of silence (no
+new work, and the router asks it), and dead after `dead_s` or when the server says that nobody listens. While our own
+connection is down, and for `dead_s` after, no worker's clock runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..bus.ids import WorkerId
+from ..bus.messages import Heartbeat, WorkerCard
+from .policies.base import WorkerView
+
+
+@dataclass(slots=True)
+class Member:
+    """One live worker."""
+
+    card: WorkerCard
+    seen_s: float
+    heartbeat: Heartbeat
+    is_suspect: bool = False
+    in_flight: dict[int, int] = field(default_factory=dict)  # our streams on it -> KV blocks they may need
+    in_flight_blocks: int = 0
+    kv_seq: int = 0  # of the last KvEvents applied
+    is_index_exact: bool = False
+
+    @property
+    def can_take_work(self) -> bool:
+        return not self.is_suspect and not self.heartbeat.is_draining
+
+
+class ClusterView:
+    """The members, by id, in the order of their ids."""
+
+    def __init__(self, *, suspect_s: float, dead_s: float) -> None:
+        self._suspect_s = suspect_s
+        self._dead_s = dead_s
+        self._members: dict[WorkerId, Member] = {}
+        self._frozen_until_s = 0.0
+
+    def get(self, worker: WorkerId) -> Member | None:
+        """The member, if it lives."""
+        return self._members.get(worker)
+
+    def members(self, role: str | None = None) -> list[Member]:
+        """All, or those of one role, in the order of their ids."""
+        return [member for member in self._members.values() if role in (None, member.card.role)]
+
+    def join(self, card: WorkerCard, heartbeat: Heartbeat, now: float) -> Member:
+        """Take a worker in; a worker that is known starts over."""
+        member = Member(card, now, heartbeat)
+        self._members[card.worker_id] = member
+        self._members = dict(sorted(self._members.items()))
+        return member
+
+    def leave(self, worker: WorkerId) -> Member | None:
+        """Forget a worker; returns what was known of it."""
+        return self._members.pop(worker, None)
+
+    def heard(self, heartbeat: Heartbeat, now: float) -> bool:
+        """A sign of life. False when the worker, or this incarnation of it, is not known: fetch its card."""
+        member = self._members.get(heartbeat.worker_id)
+        if member is None or member.card.epoch != heartbeat.epoch:
+            return False
+        member.heartbeat = heartbeat
+        member.seen_s = now
+        member.is_suspect = False
+        return True
+
+    def freeze(self, now: float) -> None:
+        """Our own connection is down, or was until now: silence means nothing until `dead_s` from now."""
+        self._frozen_until_s = now + self._dead_s
+
+    def silent(self, now: float) -> tuple[list[WorkerId], list[WorkerId]]:
+        """Workers that became suspect just now, and workers that are dead (still members: call `leave`)."""
+        if now < self._frozen_until_s:
+            return [], []
+        newly_suspect, dead = [], []
+        for worker, member in self._members.items():
+            silence_s = now - max(member.seen_s, self._frozen_until_s - self._dead_s)
+            if silence_s >= self._dead_s:
+                dead.append(worker)
+            elif silence_s >= self._suspect_s and not member.is_suspect:
+                member.is_suspect = True
+                newly_suspect.append(worker)
+        return newly_suspect, dead
+
+    def assign(self, worker: WorkerId, stream_id: int, blocks: int) -> None:
+        """A stream of ours is on `worker` now and may need `blocks` KV blocks."""
+        member = self._members.get(worker)
+        if member is not None and stream_id not in member.in_flight:
+            member.in_flight[stream_id] = blocks
+            member.in_flight_blocks += blocks
+
+    def release(self, worker: WorkerId, stream_id: int) -> None:
+        """The stream is not on `worker` any more."""
+        member = self._members.get(worker)
+        if member is not None:
+            member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
+
+    def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
+        """Decode workers that may get a new request for `model`."""
+        return [
+            member
+            for worker, member in self._members.items()
+            if member.card.role == "decode"
+            and member.card.model == model
+            and member.can_take_work
+            and worker not in exclude
+        ]
+
+    def prefill_fingerprints(self, model: str) -> dict[str, int]:
+        """How many prefill workers for `model` take work, by the fingerprint of their KV."""
+        counts: dict[str, int] = {}
+        for member in self._members.values():
+            card = member.card
+            if card.role == "prefill" and card.model == model and member.can_take_work:
+                counts[card.fingerprint] = counts.get(card.fingerprint, 0) + 1
+        return counts
+
+    def models(self) -> list[str]:
+        """Models that a decode worker serves."""
+        return sorted({member.card.model for member in self._members.values() if member.card.role == "decode"})
+
+
+def worker_view(member: Member, hit_blocks: int) -> WorkerView:
+    """The member as a policy sees it."""
+    card, heartbeat = member.card, member.heartbeat
+    return WorkerView(
+        worker_id=card.worker_id,
+        block_tokens=card.block_tokens,
+        slots=card.slots,
+        kv_blocks=card.kv_blocks,
+        can_prefill_locally=card.can_prefill_locally,
+        hit_blocks=hit_blocks,
+        in_flight=len(member.in_flight),
+        in_flight_blocks=member.in_flight_blocks,
+        running=heartbeat.running,
+        waiting=heartbeat.waiting,
+        kv_blocks_free=heartbeat.kv_blocks_free,
+    )
