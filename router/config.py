@@ -19,13 +19,19 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(description="port of the API, 0: any free one", ge=0, le=65535)] = 8000
     model: Annotated[str, Meta(description="folder or id of the model whose tokenizer is used")] = "demo"
     served_name: Annotated[str, Meta(description="model name clients use; default: the model's last path part")] = ""
-    policy: Annotated[str, Meta(description="round_robin, least_loaded, kv, module:Class or path/to/file.py:Class")] = "kv"
+    policy: Annotated[str, Meta(description="round_robin, least_loaded, kv, module:Class or path/to/file.py:Class")] = (
+        "kv"
+    )
     local_prefill_tokens_max: Annotated[
         int, Meta(description="at most so many uncached prompt tokens are computed by the decode worker itself", ge=0)
     ] = 16
-    request_timeout_s: Annotated[float, Meta(description="a request that takes longer ends with an error", gt=0)] = 600.0
+    request_timeout_s: Annotated[float, Meta(description="a request that takes longer ends with an error", gt=0)] = (
+        600.0
+    )
     streams_max: Annotated[int, Meta(description="requests in flight; one more gets 429", ge=1)] = 4096
-    body_bytes_max: Annotated[int, Meta(description="size of a request body, in bytes; a larger one gets 413", ge=1024)] = 4 << 20
+    body_bytes_max: Annotated[
+        int, Meta(description="size of a request body, in bytes; a larger one gets 413", ge=1024)
+    ] = 4 << 20
     client_backlog_bytes_max: Annotated[
         int, Meta(description="bytes kept for a client that does not read; past it the request is cancelled", ge=4096)
     ] = 256 << 10

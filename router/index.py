@@ -77,9 +77,7 @@ class PrefixIndex:
                 break
         if alive:
             depth_of[alive] = depth + 1
-        return {
-            worker: blocks for worker, bit in self._bits.items() for bits, blocks in depth_of.items() if bits & bit
-        }
+        return {worker: blocks for worker, bit in self._bits.items() for bits, blocks in depth_of.items() if bits & bit}
 
     def _drop(self, worker: WorkerId, hashes: Iterable[int]) -> None:
         bit, held, holders = self._bits[worker], self._held[worker], self._holders

@@ -76,9 +76,7 @@ class Choice:
 class Policy(Protocol):
     """Sync, pure, total: equal inputs give equal choices."""
 
-    def pick(
-        self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random
-    ) -> Choice:
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         """Choose one of `workers` (never empty, always in the same order). `now` is monotonic seconds."""
 
 
@@ -109,7 +107,9 @@ def load_policy(name: str) -> Policy:
 def _installed(name: str) -> Callable[[], Policy]:
     found = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     if name not in found:
-        raise PolicyError(f"no policy {name!r}; installed: {', '.join(sorted(found))}; or give module:Class or file.py:Class")
+        raise PolicyError(
+            f"no policy {name!r}; installed: {', '.join(sorted(found))}; or give module:Class or file.py:Class"
+        )
     return cast(Callable[[], Policy], found[name].load())  # An entry point's value has no type; pick is checked above.
 
 

@@ -1,0 +1,143 @@
+"""Sends a request's jobs and turns the answers into the machine's next event."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from ..bus import subjects
+from ..bus.base import Bus, BusDisconnected, BusError, NoResponders, QueueFull
+from ..bus.ids import RouterId
+from ..bus.messages import Admitted, DecodeJob, PrefillJob, Refused, decode, encode
+from .generation import Overloaded
+from .membership import Membership
+from .metrics import RouterMetrics
+from .request import AskDecode, Instruction, PublishPrefill, RequestMachine
+
+log = logging.getLogger(__name__)
+
+ADMISSION_TIMEOUT_S = 2.0
+"""A live worker answers in a few ms; its loop may stall for up to a second while an engine starts a large step."""
+DIRECT_TIMEOUT_S = 1.0
+
+
+class Dispatch:
+    """One router's way to the workers of its pool."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        pool: str,
+        router_id: RouterId,
+        membership: Membership,
+        metrics: RouterMetrics,
+        *,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._bus = bus
+        self._pool = pool
+        self._router_id = router_id
+        self._membership = membership
+        self._metrics = metrics
+        self._clock = clock
+        self._wall_clock = wall_clock
+
+    async def ask_decode(self, machine: RequestMachine, stream_id: int, ask: AskDecode) -> list[Instruction]:
+        """Ask a decode worker to admit the request."""
+        generation = machine.generation
+        member = self._membership.view.get(ask.worker)
+        if member is None:
+            return machine.decode_silent(ask.attempt)
+        job = DecodeJob(
+            request_id=generation.request_id,
+            attempt=ask.attempt,
+            router_id=self._router_id,
+            stream_id=stream_id,
+            token_ids=generation.packed_tokens,
+            sampling=generation.sampling,
+            model=generation.model,
+            time_left_s=max(generation.deadline_s - self._clock(), 0.0),
+            handoff_token=ask.token,
+            fingerprint=member.card.fingerprint,
+            epoch=member.card.epoch,
+        )
+        subject = subjects.decode_jobs(self._pool, ask.worker)
+        try:
+            answer = decode(await self._bus.request(subject, encode(job), timeout_s=ADMISSION_TIMEOUT_S))
+        except NoResponders:
+            self._membership.lost(ask.worker, "nobody listens")
+            return machine.decode_silent(ask.attempt)
+        except (BusError, msgspec.MsgspecError) as error:
+            log.warning("no admission: %s", error, extra={"worker_id": ask.worker})
+            self._membership.doubt(ask.worker)
+            return machine.decode_silent(ask.attempt)
+        match answer:
+            case Admitted():
+                return machine.admitted(ask.attempt)
+            case Refused(reason=reason, detail=detail, retry_after_s=retry_after_s):
+                self._metrics.refusals.labels(reason).inc()
+                return machine.refused(ask.attempt, reason, detail, retry_after_s)
+        return machine.decode_silent(ask.attempt)
+
+    async def publish_prefill(self, machine: RequestMachine, publish: PublishPrefill) -> list[Instruction]:
+        """Put the prefill job into the work queue; past a queue that does not answer, to a prefill worker itself."""
+        generation = machine.generation
+        member = self._membership.view.get(publish.worker)
+        if member is None:
+            return machine.worker_lost(publish.worker)
+        time_left_s = max(generation.deadline_s - self._clock(), 1.0)
+        job = PrefillJob(
+            request_id=generation.request_id,
+            attempt=publish.attempt,
+            router_id=self._router_id,
+            token_ids=generation.packed_tokens,
+            model=generation.model,
+            handoff_token=publish.token,
+            decode_worker=publish.worker,
+            decode_epoch=member.card.epoch,
+            decode_addresses=member.card.handoff_addresses,
+            fingerprint=member.card.fingerprint,
+            deadline_unix_s=self._wall_clock() + time_left_s,
+        )
+        payload = encode(job)
+        try:
+            sequence = await self._bus.jobs.publish(
+                subjects.prefill_jobs(self._pool),
+                payload,
+                job_id=f"{generation.request_id}.{publish.attempt}",
+                ttl_s=time_left_s,
+            )
+        except QueueFull:
+            return machine.not_published(publish.attempt, Overloaded("the prefill queue is full", retry_after_s=1.0))
+        except (BusDisconnected, BusError) as error:
+            log.warning("work queue away: %s", error, extra={"request_id": generation.request_id})
+            if await self._send_directly(payload, member.card.fingerprint):
+                self._metrics.queue_fallbacks.labels("direct").inc()
+                return machine.published(publish.attempt, None)
+            self._metrics.queue_fallbacks.labels("local").inc()
+            return machine.not_published(publish.attempt, None)
+        return machine.published(publish.attempt, sequence)
+
+    async def delete_job(self, sequence: int) -> None:
+        """Take a job out of the queue that nobody needs; it expires by itself when that fails."""
+        try:
+            await self._bus.jobs.delete(sequence)
+        except BusError as error:
+            log.info("job not deleted: %s", error)
+
+    async def _send_directly(self, payload: bytes, fingerprint: str) -> bool:
+        members = [
+            m for m in self._membership.view.members("prefill") if m.can_take_work and m.card.fingerprint == fingerprint
+        ]
+        for member in sorted(members, key=lambda m: (m.heartbeat.running + m.heartbeat.waiting, m.card.worker_id)):
+            subject = subjects.prefill_direct(self._pool, member.card.worker_id)
+            try:
+                answer = decode(await self._bus.request(subject, payload, timeout_s=DIRECT_TIMEOUT_S))
+            except (BusError, msgspec.MsgspecError):
+                continue
+            if isinstance(answer, Admitted):
+                return True
+        return False

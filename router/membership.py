@@ -1,0 +1,179 @@
+"""The shell around the cluster view: hears heartbeats and KV events, fetches cards and snapshots, asks the silent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+
+import msgspec
+
+from ..bus import subjects
+from ..bus.base import Bus, BusError, Delivery, NoResponders
+from ..bus.ids import WorkerId
+from ..bus.messages import (
+    Goodbye,
+    Heartbeat,
+    KvEvents,
+    KvSnapshot,
+    KvSnapshotRequest,
+    Message,
+    Ping,
+    decode,
+    encode,
+)
+from .index import PrefixIndex
+from .kv_feed import KvFeed
+from .metrics import RouterMetrics
+from .view import ClusterView
+
+log = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 2.0
+TICK_S = 0.25
+BEAT_TOLERANCE_S = 1.0
+"""A snapshot that failed is asked for again after this long."""
+
+
+class Membership:
+    """Keeps `view` and `index` in step with the pool; `on_lost(worker)` is called once for each worker that died or left."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        pool: str,
+        view: ClusterView,
+        *,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+        on_lost: Callable[[WorkerId], None],
+    ) -> None:
+        self.view = view
+        self.index = PrefixIndex()
+        self._bus = bus
+        self._pool = pool
+        self._metrics = metrics
+        self._clock = clock
+        self._on_lost = on_lost
+        self._feeds: dict[WorkerId, KvFeed] = {}
+        self._asking: set[tuple[str, WorkerId]] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Begin to hear; what has to wait runs in `tasks`."""
+        self._tasks = tasks
+        self._bus.on_connection(self._on_connection)
+        await self._bus.subscribe(subjects.load_all(self._pool), self._on_load)
+        await self._bus.subscribe(subjects.kv_events_all(self._pool), self._on_kv_events)
+
+    async def watch(self) -> None:
+        """Look for silent workers until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            suspects, dead = self.view.silent(self._clock())
+            for worker in suspects:
+                log.warning("worker silent", extra={"worker_id": worker})
+                self._ask("ping", worker, self._ping(worker))
+            for worker in dead:
+                self.lost(worker, "silent")
+
+    def lost(self, worker: WorkerId, why: str) -> None:
+        """The worker is dead or has left; unknown ones are ignored."""
+        member = self.view.leave(worker)
+        if member is None:
+            return
+        log.warning("worker lost: %s", why, extra={"worker_id": worker})
+        self._feeds.pop(worker, None)
+        self.index.remove_worker(worker)
+        self._metrics.worker_losses.labels(member.card.role).inc()
+        self._count()
+        self._on_lost(worker)
+
+    def doubt(self, worker: WorkerId) -> None:
+        """Something sent to the worker was not answered: ask it now instead of waiting for its silence."""
+        self._ask("ping", worker, self._ping(worker))
+
+    # ---- what comes in
+
+    def _on_connection(self, is_connected: bool) -> None:
+        self.view.freeze(self._clock())
+
+    def _on_load(self, delivery: Delivery) -> None:
+        match decode(delivery.payload):
+            case Heartbeat() as heartbeat:
+                if not self.view.heard(heartbeat, self._clock()):
+                    self._ask("card", heartbeat.worker_id, self._fetch_card(heartbeat))
+                elif (feed := self._feeds.get(heartbeat.worker_id)) and feed.on_heartbeat(heartbeat.kv_event_seq):
+                    self._ask("snapshot", heartbeat.worker_id, self._fetch_snapshot(heartbeat.worker_id))
+            case Goodbye(worker_id=worker):
+                self.lost(worker, "goodbye")
+
+    def _on_kv_events(self, delivery: Delivery) -> None:
+        message = decode(delivery.payload)
+        if not isinstance(message, KvEvents):
+            return
+        member = self.view.get(message.worker_id)
+        feed = self._feeds.get(message.worker_id)
+        if member is None or feed is None or member.card.epoch != message.epoch:
+            return
+        if feed.on_events(message):
+            self._ask("snapshot", message.worker_id, self._fetch_snapshot(message.worker_id))
+
+    # ---- what is asked
+
+    def _ask(self, what: str, worker: WorkerId, question: Coroutine[None, None, None]) -> None:
+        """At most one question of a kind at a time for each worker."""
+        if (what, worker) in self._asking or self._tasks is None:
+            question.close()
+            return
+        self._asking.add((what, worker))
+        task = self._tasks.create_task(question, name=f"{what}-{worker}")
+        task.add_done_callback(lambda _: self._asking.discard((what, worker)))
+
+    async def _fetch_card(self, heartbeat: Heartbeat) -> None:
+        worker = heartbeat.worker_id
+        try:
+            card = await self._bus.registry.get(worker)
+        except BusError as error:
+            log.warning("no card: %s", error, extra={"worker_id": worker})
+            return
+        if card is None or card.epoch != heartbeat.epoch or self.view.get(worker) is not None:
+            return
+        self.view.join(card, heartbeat, self._clock())
+        log.info("worker joined", extra={"worker_id": worker})
+        self._count()
+        if card.role == "decode":
+            self._feeds[worker] = KvFeed(self.index, worker)
+            self._ask("snapshot", worker, self._fetch_snapshot(worker))
+
+    async def _ping(self, worker: WorkerId) -> None:
+        try:
+            answer = await self._request(worker, Ping())
+        except NoResponders:
+            self.lost(worker, "nobody listens")
+            return
+        except BusError:
+            return
+        if isinstance(answer, Heartbeat):
+            self.view.heard(answer, self._clock())
+
+    async def _fetch_snapshot(self, worker: WorkerId) -> None:
+        while (feed := self._feeds.get(worker)) is not None:
+            try:
+                answer = await self._request(worker, KvSnapshotRequest())
+            except (BusError, msgspec.MsgspecError) as error:
+                log.info("no snapshot yet: %s", error, extra={"worker_id": worker})
+                await asyncio.sleep(BEAT_TOLERANCE_S)
+                continue
+            if self._feeds.get(worker) is not feed:
+                return
+            if isinstance(answer, KvSnapshot) and not feed.on_snapshot(answer):
+                return
+
+    async def _request(self, worker: WorkerId, question: Message) -> Message:
+        subject = subjects.control(self._pool, worker)
+        return decode(await self._bus.request(subject, encode(question), timeout_s=ASK_TIMEOUT_S))
+
+    def _count(self) -> None:
+        for role in ("prefill", "decode"):
+            self._metrics.workers.labels(role).set(len(self.view.members(role)))

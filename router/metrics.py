@@ -1,0 +1,77 @@
+"""The router's metrics, under vLLM's names and in seconds where vLLM has one."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+
+
+class RouterMetrics:
+    """Everything /metrics shows of one router."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "hocket_requests", "Generations that ended, by outcome and plan", ["outcome", "plan"], registry=registry
+        )
+        self.prompt_tokens = Counter("hocket_prompt_tokens", "Prompt tokens of admitted generations", registry=registry)
+        self.hit_tokens = Counter(
+            "hocket_prefix_hit_tokens",
+            "Prompt tokens the index expected in the chosen worker's cache",
+            registry=registry,
+        )
+        self.generation_tokens = Counter("hocket_generation_tokens", "Tokens of answers", registry=registry)
+        self.ttft = Histogram(
+            "hocket_time_to_first_token_seconds", "From the request's start to its first token", ["plan"],
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.e2e = Histogram(
+            "hocket_e2e_request_latency_seconds",
+            "From the request's start to its end",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.running = Gauge("hocket_num_requests_running", "Generations in flight", registry=registry)
+        self.workers = Gauge("hocket_workers", "Live workers", ["role"], registry=registry)
+        self.worker_losses = Counter(
+            "hocket_worker_losses", "Workers that died or fell silent", ["role"], registry=registry
+        )
+        self.retries = Counter(
+            "hocket_attempts_again", "Attempts after the first one of a generation", registry=registry
+        )
+        self.refusals = Counter(
+            "hocket_refusals", "Answers of workers that did not admit", ["reason"], registry=registry
+        )
+        self.replays = Counter(
+            "hocket_token_replays", "Gaps in token streams that were asked for again", registry=registry
+        )
+        self.policy_failures = Counter(
+            "hocket_policy_failures", "Picks where the policy failed and the fallback chose", registry=registry
+        )
+        self.queue_fallbacks = Counter(
+            "hocket_prefill_queue_fallbacks",
+            "Prefill jobs that did not go through the work queue",
+            ["to"],
+            registry=registry,
+        )

@@ -1,0 +1,391 @@
+"""The shell around the decisions: carries out what the request machines, the view and the policy say.
+
+One `Router` is one process's share of the pool. Everything it hears comes in on the bus as callbacks; everything that
+waits is a task of its task group. Its callers are the API (`RouterCore`) and the token path (`StreamEvents`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from ..bus import subjects
+from ..bus.base import Bus, Delivery
+from ..bus.block_hash import block_hashes, chain_seed
+from ..bus.ids import HandoffToken, RequestId, RouterId, WorkerId
+from ..bus.messages import (
+    FINISH_ERROR,
+    Cancel,
+    EntryDetail,
+    PrefillClaimed,
+    PrefillDone,
+    PrefillFailed,
+    PrefillJob,
+    decode,
+    encode,
+)
+from .config import RouterConfig
+from .dispatch import Dispatch
+from .generation import Failure, Generation, Overloaded, Started, TokenStreams
+from .membership import Membership
+from .metrics import RouterMetrics
+from .policies.base import Choice, Policy, RequestView, WorkerView
+from .policies.basic import LeastLoaded
+from .repair import TokenRepair
+from .request import (
+    AskDecode,
+    Assign,
+    CancelAttempts,
+    DeleteJob,
+    FailStream,
+    Forget,
+    Instruction,
+    NakJob,
+    Pick,
+    PublishPrefill,
+    Rebind,
+    Release,
+    ReportError,
+    ReportStarted,
+    RequestMachine,
+)
+from .view import ClusterView, Member, worker_view
+
+log = logging.getLogger(__name__)
+
+DEADLINE_TICK_S = 0.5
+
+
+class Live:
+    """One generation in flight: its machine and what the shell must remember of it."""
+
+    __slots__ = ("hit_blocks", "machine", "started", "started_s", "stream_id")
+
+    def __init__(self, machine: RequestMachine, stream_id: int, now: float) -> None:
+        self.machine = machine
+        self.stream_id = stream_id
+        self.started_s = now
+        self.hit_blocks = 0
+        self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+
+
+class Router:
+    """Implements `generation.RouterCore` and `generation.StreamEvents`."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        bus: Bus,
+        policy: Policy,
+        *,
+        router_id: RouterId,
+        served_name: str,
+        metrics: RouterMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._config = config
+        self._bus = bus
+        self._policy = policy
+        self._fallback = LeastLoaded()
+        self._served_name = served_name
+        self._metrics = metrics
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self._router_id = router_id
+        self._live: dict[int, Live] = {}
+        self._by_request: dict[RequestId, Live] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._is_stopping = False
+        self.membership = Membership(
+            bus,
+            config.pool,
+            ClusterView(suspect_s=config.suspect_s, dead_s=config.dead_s),
+            metrics=metrics,
+            clock=clock,
+            on_lost=self._on_worker_lost,
+        )
+        self._dispatch = Dispatch(
+            bus, config.pool, router_id, self.membership, metrics, clock=clock, wall_clock=wall_clock
+        )
+        self._streams: TokenStreams
+        self._repair: TokenRepair
+
+    # ---- life
+
+    async def run(self, streams: TokenStreams, on_frame: Callable[[Delivery], None], ready: Callable[[], None]) -> None:
+        """Serve until cancelled; `streams` is the token path and `on_frame` its handler. `ready` is called when it hears."""
+        self._streams = streams
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self._repair = TokenRepair(
+                self._bus, self._config.pool, self._router_id, tasks, on_frame=on_frame, metrics=self._metrics
+            )
+            await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
+            await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
+            await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            await self.membership.start(tasks)
+            tasks.create_task(self.membership.watch(), name="watch-workers")
+            tasks.create_task(self._watch_deadlines(), name="watch-deadlines")
+            ready()
+
+    def stop_taking(self) -> None:
+        """Refuse new requests; those in flight go on."""
+        self._is_stopping = True
+
+    @property
+    def in_flight(self) -> int:
+        """Generations that have not ended."""
+        return len(self._live)
+
+    def fail_all(self, code: str, message: str) -> None:
+        """End every stream with an error."""
+        for live in list(self._live.values()):
+            self._now(live, live.machine.failed(Failure(code, message, is_retryable=True)))
+
+    # ---- RouterCore
+
+    async def start(self, generation: Generation, stream_id: int) -> Started:
+        """Choose workers and get the request admitted. Raises RouterError."""
+        if self._is_stopping or len(self._live) >= self._config.streams_max:
+            reason = "the router is stopping" if self._is_stopping else f"{len(self._live)} requests are in flight"
+            raise Overloaded(reason, retry_after_s=1.0)
+        live = Live(RequestMachine(generation), stream_id, self._clock())
+        self._live[stream_id] = self._by_request[generation.request_id] = live
+        self._metrics.running.set(len(self._live))
+        try:
+            await self._carry_out(live, live.machine.begin())
+            return await live.started
+        except asyncio.CancelledError:
+            self.cancel(stream_id)
+            raise
+
+    def cancel(self, stream_id: int) -> None:
+        """The client has gone: free everything the request holds."""
+        if live := self._live.get(stream_id):
+            self._now(live, live.machine.abandoned())
+            self._count_end(live, "cancelled")
+
+    def models(self) -> list[str]:
+        """Names that clients may ask for."""
+        return [self._served_name]
+
+    def not_ready_reason(self) -> str | None:
+        """None when requests can be served now."""
+        if not self._bus.is_connected:
+            return "no connection to the message bus"
+        if not self.membership.view.candidates(self._served_name, ()):
+            return f"no decode worker serves {self._served_name!r} now"
+        return None
+
+    def prompt_tokens_max(self) -> int | None:
+        """The longest prompt plus output that some worker takes."""
+        return max((member.card.max_model_len for member in self.membership.view.members("decode")), default=None)
+
+    # ---- StreamEvents
+
+    def on_first_token(self, stream_id: int, detail: EntryDetail | None) -> None:
+        """A token was accepted."""
+        if live := self._live.get(stream_id):
+            live.machine.first_token()
+            self._metrics.ttft.labels(live.machine.plan).observe(self._clock() - live.started_s)
+
+    def on_gap(self, stream_id: int, next_index: int) -> None:
+        """Tokens are missing."""
+        live = self._live.get(stream_id)
+        if live is None or live.machine.worker is None:
+            return
+        machine = live.machine
+        assert machine.worker is not None
+        self._repair.replay(
+            machine.worker, machine.generation.request_id, stream_id, machine.attempt, next_index,
+            on_lost=lambda: self._fail(stream_id, "tokens_lost", "tokens were lost on their way and could not be repaired"),
+        )  # fmt: skip
+
+    def on_end(self, stream_id: int, finish: int, output_tokens: int, detail: EntryDetail | None) -> None:
+        """The worker's terminal entry was accepted."""
+        live = self._live.get(stream_id)
+        if live is None:
+            return
+        machine = live.machine
+        if machine.worker is not None:
+            self._repair.acknowledge(machine.worker, stream_id, machine.attempt)
+        self._metrics.generation_tokens.inc(output_tokens)
+        self._now(live, machine.ended())
+        self._count_end(live, "error" if finish == FINISH_ERROR else "finished")
+
+    def on_stop_string(self, stream_id: int, output_tokens: int) -> None:
+        """The answer is complete on our side."""
+        if live := self._live.get(stream_id):
+            self._metrics.generation_tokens.inc(output_tokens)
+            self._now(live, live.machine.abandoned())
+            self._count_end(live, "finished")
+
+    def on_late_end(self, worker: WorkerId, stream_id: int, attempt: int) -> None:
+        """An end that came again."""
+        self._repair.acknowledge(worker, stream_id, attempt)
+
+    # ---- events from the bus
+
+    def _on_event(self, delivery: Delivery) -> None:
+        message = decode(delivery.payload)
+        if not isinstance(message, PrefillClaimed | PrefillDone | PrefillFailed):
+            return
+        live = self._by_request.get(message.request_id)
+        if live is None:
+            return
+        match message:
+            case PrefillClaimed():
+                self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
+            case PrefillDone():
+                self._now(live, live.machine.prefill_done(message.attempt))
+            case PrefillFailed():
+                log.warning(
+                    "prefill failed: %s %s", message.reason, message.detail, extra={"request_id": message.request_id}
+                )
+                self._now(live, live.machine.prefill_failed(message.attempt))
+
+    def _on_exhausted(self, payload: bytes) -> None:
+        job = decode(payload)
+        if isinstance(job, PrefillJob):
+            message = PrefillFailed(job.request_id, job.attempt, "exhausted", "delivered in vain as often as allowed")
+            self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
+
+    def _on_worker_lost(self, worker: WorkerId) -> None:
+        for live in list(self._live.values()):
+            self._now(live, live.machine.worker_lost(worker))
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            await asyncio.sleep(DEADLINE_TICK_S)
+            now = self._clock()
+            late = [stream_id for stream_id, live in self._live.items() if live.machine.generation.deadline_s <= now]
+            for stream_id in late:
+                self._fail(
+                    stream_id, "timeout", f"not finished within {self._config.request_timeout_s:g} s", status=504
+                )
+
+    def _fail(self, stream_id: int, code: str, message: str, *, status: int = 503) -> None:
+        if live := self._live.get(stream_id):
+            self._now(live, live.machine.failed(Failure(code, message, is_retryable=True, status=status)))
+
+    # ---- carrying out
+
+    def _now(self, live: Live, instructions: list[Instruction]) -> None:
+        """Carry out what a callback caused: at once when nothing has to wait, else in a task."""
+        if any(isinstance(instruction, Pick | AskDecode | PublishPrefill) for instruction in instructions):
+            assert self._tasks is not None
+            self._tasks.create_task(self._carry_out(live, instructions), name="carry-out")
+            return
+        for instruction in instructions:
+            self._do(live, instruction)
+
+    async def _carry_out(self, live: Live, instructions: Iterable[Instruction]) -> None:
+        machine = live.machine
+        todo = deque(instructions)
+        while todo:
+            match todo.popleft():
+                case Pick(exclude=exclude, must_be_local=must_be_local):
+                    todo.extend(self._pick(live, exclude, must_be_local=must_be_local))
+                case AskDecode() as ask:
+                    todo.extend(await self._dispatch.ask_decode(machine, live.stream_id, ask))
+                case PublishPrefill() as publish:
+                    todo.extend(await self._dispatch.publish_prefill(machine, publish))
+                case instruction:
+                    self._do(live, instruction)
+
+    def _do(self, live: Live, instruction: Instruction) -> None:
+        view = self.membership.view
+        match instruction:
+            case Assign(worker=worker):
+                member = view.get(worker)
+                if member is not None:
+                    generation = live.machine.generation
+                    tokens = generation.prompt_tokens + generation.sampling.max_tokens
+                    view.assign(worker, live.stream_id, -(-tokens // member.card.block_tokens))
+            case Release(worker=worker):
+                view.release(worker, live.stream_id)
+            case ReportStarted(worker=worker, plan=plan, why=why):
+                if not live.started.done():
+                    live.started.set_result(Started(live.stream_id, plan, worker, why))
+            case ReportError(error=error):
+                if not live.started.done():
+                    live.started.set_exception(error)
+            case Rebind(attempt=attempt):
+                self._metrics.retries.inc()
+                self._streams.rebind(live.stream_id, attempt)
+            case CancelAttempts(attempt=attempt):
+                cancel = Cancel(live.machine.generation.request_id, attempt)
+                self._bus.publish_nowait(subjects.cancel(self._config.pool), encode(cancel))
+            case DeleteJob(sequence=sequence):
+                assert self._tasks is not None
+                self._tasks.create_task(self._dispatch.delete_job(sequence), name="delete-job")
+            case NakJob(ack_subject=ack_subject):
+                self._bus.jobs.nak_for(ack_subject)
+            case FailStream(failure=failure):
+                self._streams.fail(live.stream_id, failure)
+                self._count_end(live, "failed")
+            case Forget():
+                self._live.pop(live.stream_id, None)
+                self._by_request.pop(live.machine.generation.request_id, None)
+                self._metrics.running.set(len(self._live))
+
+    def _count_end(self, live: Live, outcome: str) -> None:
+        self._metrics.requests.labels(outcome, live.machine.plan).inc()
+        self._metrics.e2e.observe(self._clock() - live.started_s)
+
+    # ---- picking
+
+    def _pick(self, live: Live, exclude: frozenset[WorkerId], *, must_be_local: bool) -> list[Instruction]:
+        generation = live.machine.generation
+        members = self.membership.view.candidates(generation.model, exclude)
+        if not members:
+            return live.machine.nothing_to_pick()
+        prefill = self.membership.view.prefill_fingerprints(generation.model)
+        hits = self._hit_blocks(generation, members)
+        workers = [worker_view(member, hits.get(member.card.worker_id, 0)) for member in members]
+        request = RequestView(
+            request_id=generation.request_id,
+            model=generation.model,
+            prompt_tokens=generation.prompt_tokens,
+            max_tokens=generation.sampling.max_tokens,
+            prefill_workers=sum(prefill.get(fingerprint, 0) for fingerprint in {m.card.fingerprint for m in members}),
+            local_prefill_tokens_max=self._config.local_prefill_tokens_max,
+        )
+        choice, chosen = self._ask_policy(request, workers)
+        plan = choice.plan or request.default_plan(chosen)
+        card = members[workers.index(chosen)].card
+        if must_be_local or not prefill.get(card.fingerprint) or not card.handoff_addresses:
+            plan = "local"
+        live.hit_blocks = chosen.hit_blocks
+        self._metrics.prompt_tokens.inc(generation.prompt_tokens)
+        self._metrics.hit_tokens.inc(chosen.hit_blocks * chosen.block_tokens)
+        token = HandoffToken(self._rng.randbytes(16))
+        return live.machine.picked(chosen.worker_id, plan, choice.why, token)
+
+    def _ask_policy(self, request: RequestView, workers: list[WorkerView]) -> tuple[Choice, WorkerView]:
+        by_id = {worker.worker_id: worker for worker in workers}
+        now = self._clock()
+        try:
+            choice = self._policy.pick(request, workers, now, self._rng)
+            return choice, by_id[choice.worker_id]
+        except Exception:  # A user's policy may raise anything; the request must not pay for it.
+            log.exception("policy failed, least loaded chose", extra={"request_id": request.request_id})
+            self._metrics.policy_failures.inc()
+            choice = self._fallback.pick(request, workers, now, self._rng)
+            return choice, by_id[choice.worker_id]
+
+    def _hit_blocks(self, generation: Generation, members: list[Member]) -> dict[WorkerId, int]:
+        index = self.membership.index
+        if not len(index):
+            return {}
+        parent = chain_seed(generation.salt)
+        hits: dict[WorkerId, int] = {}
+        for block_tokens in {member.card.block_tokens for member in members}:
+            hits |= index.hit_blocks(block_hashes(generation.packed_tokens, block_tokens, parent=parent))
+        return hits
