@@ -160,7 +160,7 @@ class PrefillJob(_Message, frozen=True, tag="prefill_job"):
 
 
 class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):
-    """Prefill worker to the owning router: this worker computes the job now; `ack_subject` lets the router NAK it for a dead worker."""
+    """Prefill worker to the owning router: computing it now; `ack_subject` lets the router NAK the job of a dead worker."""
 
     request_id: RequestId
     attempt: int

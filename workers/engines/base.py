@@ -26,7 +26,7 @@ class BadTask(EngineError):
 
 
 class HandoffFailed(EngineError):
-    """The prompt was computed but its KV did not land; `reason` as in transport.SendEnd. Doing it again may help unless refused."""
+    """The prompt was computed but its KV did not land; `reason` as in transport.SendEnd. Again may help unless refused."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hand-off failed: {reason}")
