@@ -1,0 +1,1 @@
+"""Puts the processes together: the `hocket` command, supervision, the demo model."""
