@@ -279,6 +279,12 @@ class RequestMachine:
         self._close_prefill()
         return [] if self.has_token else self._again_locally()
 
+    def prefill_gone(self) -> list[Instruction]:
+        """No prefill worker is left in the pool: waiting for one to take the job could be for ever."""
+        if self.phase is not Phase.RUNNING or not self._is_prefill_open or self.has_token:
+            return []
+        return [*self._drop_job(), *self._again_locally()]
+
     # ---- workers
 
     def worker_lost(self, worker: WorkerId) -> list[Instruction]:

@@ -257,8 +257,11 @@ class Router:
             self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
 
     def _on_worker_lost(self, worker: WorkerId) -> None:
+        can_prefill = bool(self.membership.view.members("prefill"))
         for live in list(self._live.values()):
             self._now(live, live.machine.worker_lost(worker))
+            if not can_prefill:
+                self._now(live, live.machine.prefill_gone())
 
     async def _watch_deadlines(self) -> None:
         while True:

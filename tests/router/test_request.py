@@ -116,6 +116,12 @@ def test_a_dead_prefill_worker_gives_its_job_back_to_the_queue():
     assert request.worker_lost(P1) == []
 
 
+def test_without_any_prefill_worker_left_the_decode_worker_computes_the_prompt():
+    request = running_remotely()
+    assert request.prefill_gone() == [DeleteJob(7), Rebind(1), AskDecode(D1, 1, None)]
+    assert request.prefill_gone() == []
+
+
 def test_a_finished_job_is_not_given_back():
     request = running_remotely()
     request.claimed(0, P1, "ack.subject")
@@ -196,7 +202,7 @@ def test_a_full_queue_is_the_clients_answer_and_frees_the_decode_worker():
 
 EVENTS = st.sampled_from(
     ["pick1", "pick2", "none", "admit", "admit_old", "busy", "silent", "publish", "unpublished", "full", "claim"]
-    + ["done", "prefill_failed", "lost1", "lost2", "lost_p", "token", "ended", "left", "timeout"]
+    + ["done", "prefill_failed", "lost1", "lost2", "lost_p", "gone", "token", "ended", "left", "timeout"]
 )
 
 
@@ -226,6 +232,8 @@ def drive(request: RequestMachine, event: str) -> list[Instruction]:
             return request.prefill_failed(attempt)
         case "lost1" | "lost2" | "lost_p":
             return request.worker_lost({"lost1": D1, "lost2": D2, "lost_p": P1}[event])
+        case "gone":
+            return request.prefill_gone()
         case "token":
             return request.first_token()
         case "ended":
