@@ -52,6 +52,10 @@ class Link(Protocol):
     def transport(self) -> str:
         """What really moves the bytes, as far as it can be known: "tcp", "ucx(sysv,cma,tcp)", "inproc"."""
 
+    @property
+    def bytes_received(self) -> int:
+        """Grows while bytes arrive, as far as can be seen: a slow peer is not a hung one."""
+
     def send_control(self, payload: bytes) -> None:
         """Queue one control frame of at most 1 MiB; delivered in order or the link is lost. Raises LinkLost."""
 
@@ -125,7 +129,9 @@ class ReceiveEnd:
     is_landed: bool  # every block of every layer is here and every digest fits
     good_blocks: int  # leading blocks of the expectation that are complete and verified in all layers
     kv_bytes: int  # received
-    reason: str = ""  # when not landed: "timeout", "cancelled", "digest", "sender_failed", "link_lost", "stalled", "closing"
+    reason: str = (
+        ""  # when not landed: "timeout", "cancelled", "digest", "sender_failed", "link_lost", "stalled", "closing"
+    )
 
 
 @dataclass(frozen=True, slots=True)

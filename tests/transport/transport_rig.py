@@ -1,0 +1,126 @@
+"""Pools with known bytes, a prefill and a decode endpoint, and what they reported."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from hocket.transport import (
+    Chunk,
+    Expectation,
+    HandoffEndpoint,
+    HandoffKey,
+    HostKvPool,
+    KvLayout,
+    ReceiveEnd,
+    SendEnd,
+    SendOrder,
+    SendReleased,
+    Transport,
+)
+from hocket.transport.links.inproc import InprocTransport
+from hocket.transport.links.tcp import TcpTransport
+
+LAYERS = 4
+DECODE_EPOCH = 77
+
+
+def make_transport(scheme: str) -> Transport:
+    if scheme == "ucx":
+        ucx = pytest.importorskip("hocket.transport.links.ucx")
+        pytest.importorskip("ucxx")
+        transport: Transport = ucx.UcxTransport()
+        return transport
+    return {"inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
+
+
+def make_layout(layers: int = LAYERS, block_bytes: int = 4096, model: str = "test/model") -> KvLayout:
+    names = tuple(f"model.layers.{layer}.attn" for layer in range(layers))
+    return KvLayout(model, "main", "float32", "float32", 16, names, (block_bytes,) * layers, 2, 16)
+
+
+def make_pool(layout: KvLayout, blocks: int, seed: int | None = None) -> HostKvPool:
+    """Random bytes from `seed`; zeros without one."""
+    rng = np.random.default_rng(seed)
+    arrays = []
+    for block_bytes in layout.layer_block_bytes:
+        rows = np.zeros((blocks, block_bytes), np.uint8)
+        if seed is not None:
+            rows[:] = rng.integers(0, 256, rows.shape, np.uint8)
+        arrays.append(rows)
+    return HostKvPool(layout, arrays)
+
+
+def block_bytes(pool: HostKvPool, layer: int, block: int) -> bytes:
+    return bytes(pool.buffers(layer, [block])[0])
+
+
+def differing_blocks(
+    source: HostKvPool, from_ids: Sequence[int], target: HostKvPool, to_ids: Sequence[int]
+) -> list[int]:
+    """Logical blocks that are not the same bytes in every layer."""
+    layers = range(len(source.layout.layer_names))
+    return [
+        index
+        for index, (source_id, target_id) in enumerate(zip(from_ids, to_ids, strict=True))
+        if any(block_bytes(source, layer, source_id) != block_bytes(target, layer, target_id) for layer in layers)
+    ]
+
+
+@dataclass
+class Ends:
+    """What an endpoint reported."""
+
+    received: list[ReceiveEnd] = field(default_factory=list)
+    sent: list[SendReleased | SendEnd] = field(default_factory=list)
+
+    @property
+    def send_end(self) -> SendEnd | None:
+        return next((event for event in self.sent if isinstance(event, SendEnd)), None)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Wait for a condition that another process or callback brings about."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - the condition has no event of its own
+            await asyncio.sleep(0.002)
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode endpoint with a pool each."""
+
+    prefill: HandoffEndpoint
+    decode: HandoffEndpoint
+    source: HostKvPool
+    target: HostKvPool
+    prefill_transport: Transport
+    decode_transport: Transport
+    ends: Ends = field(default_factory=Ends)
+
+    def key(self, attempt: int = 1, delivery: int = 1, token: bytes | None = None) -> HandoffKey:
+        return HandoffKey(token or os.urandom(16), attempt, delivery)
+
+    def expect(
+        self, key: HandoffKey, block_ids: Sequence[int], *, first_block: int = 0, timeout_s: float = 10.0
+    ) -> None:
+        expectation = Expectation(key.token, key.attempt, first_block, tuple(block_ids), timeout_s)
+        self.decode.expect(expectation, self.ends.received.append)
+
+    def open(self, key: HandoffKey, blocks: int, *, epoch: int = DECODE_EPOCH, timeout_s: float = 10.0) -> None:
+        fingerprint = self.source.layout.fingerprint()
+        order = SendOrder(key, self.decode.addresses, epoch, fingerprint, blocks, timeout_s)
+        self.prefill.open(order, self.ends.sent.append)
+
+    def push(self, key: HandoffKey, block_ids: Sequence[int], *, first_block: int = 0, is_last: bool = True) -> None:
+        self.prefill.announce(key, Chunk(first_block, tuple(block_ids), is_last))
+        for layer in range(len(self.source.layout.layer_names)):
+            self.prefill.layer_ready(key, layer)
+
+    async def both_ended(self, timeout_s: float = 20.0) -> None:
+        await until(lambda: self.ends.received and self.ends.send_end, timeout_s)

@@ -1,0 +1,470 @@
+"""One process's side of every hand-off: carries out what the two machines decide, on the links of its transports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from . import frames
+from .base import (
+    Chunk,
+    Expectation,
+    HandoffKey,
+    KvPool,
+    Link,
+    Listener,
+    ReceiveEnd,
+    SendEnd,
+    SendOrder,
+    SendReleased,
+    Transport,
+)
+from .errors import LinkLost, TransportError
+from .handoff import (
+    TICK_S,
+    AbortLink,
+    AbortOrder,
+    Announce,
+    CancelExpectation,
+    Close,
+    ComputeDigest,
+    Dial,
+    DialFailed,
+    Digested,
+    Emit,
+    Expect,
+    FrameReceived,
+    Instruction,
+    LayerReady,
+    LinkActive,
+    LinkId,
+    LinkUp,
+    MessageDone,
+    MessageId,
+    OpenOrder,
+    PostReceive,
+    PostSend,
+    ReceiverEvent,
+    SenderEvent,
+    SendFrame,
+    Tick,
+)
+from .handoff import LinkLost as LinkLostEvent
+from .layout import HANDOFF_PROTOCOL
+from .receiver import Receiver
+from .registry import start_transports
+from .sender import Sender
+
+log = logging.getLogger(__name__)
+DIAL_TIMEOUT_S = 2.0
+HELLO_TIMEOUT_S = 2.0
+DIGEST_INLINE_BYTES = 2 << 20  # 0.1-0.4 ms; more goes to a thread, which holds no GIL meanwhile
+
+
+@dataclass(slots=True)
+class EndpointStats:
+    """Counters since the start, and what is open now."""
+
+    kv_bytes_sent: int = 0
+    kv_bytes_received: int = 0
+    received: Counter[str] = field(default_factory=Counter)  # "landed" or the reason -> expectations ended
+    sent: Counter[str] = field(default_factory=Counter)  # "landed" or the reason -> orders ended
+    refusals: dict[str, int] = field(default_factory=dict)  # claims refused, by reason
+    links_lost: int = 0
+    links: dict[str, str] = field(default_factory=dict)  # peer -> what moves the bytes
+    receiving: int = 0
+    sending: int = 0
+
+
+@dataclass(slots=True)
+class _Peer:
+    link: Link
+    address: str | None  # as dialled; None: it connected to us
+    hello: frames.Hello | None = None
+    hello_by: float = 0.0
+    bytes_seen: int = 0
+    is_aborting: bool = False
+
+
+class HandoffEndpoint:
+    """Implements `base.HandoffEndpointLike`, on one loop; `thread.EndpointThread` runs one on a thread of its own.
+
+    The transports belong to the endpoint, which starts and closes them. Its callbacks may call it again.
+    """
+
+    def __init__(
+        self,
+        pool: KvPool,
+        transports: Sequence[Transport],
+        *,
+        worker_name: str,
+        epoch: int,
+        bind_host: str = "127.0.0.1",
+        listens: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        layout = pool.layout
+        if len(layout.layer_names) > frames.LAYERS_MAX or pool.blocks > frames.BLOCKS_MAX:
+            raise ValueError(f"at most {frames.LAYERS_MAX} layers and {frames.BLOCKS_MAX} blocks")
+        self._pool = pool
+        self._transports = list(transports)
+        self._bind_host = bind_host
+        self._listens = listens
+        self._clock = clock
+        self._hello = frames.encode(
+            frames.Hello(HANDOFF_PROTOCOL, worker_name[:256], os.urandom(16), layout.fingerprint(), epoch)
+        )
+        sizes = layout.layer_block_bytes
+        self._receiver = Receiver(layer_block_bytes=sizes, fingerprint=layout.fingerprint(), epoch=epoch)
+        self._sender = Sender(layer_block_bytes=sizes)
+        self._on_end: dict[bytes, Callable[[ReceiveEnd], None]] = {}
+        self._on_event: dict[HandoffKey, Callable[[SendReleased | SendEnd], None]] = {}
+        self._peers: dict[LinkId, _Peer] = {}
+        self._dialled: dict[str, LinkId] = {}
+        self._dials: dict[str, asyncio.Task[LinkId]] = {}
+        self._listeners: list[Listener] = []
+        self._todo: deque[Instruction] = deque()
+        self._is_working = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_link = 0
+        self._digesters = ThreadPoolExecutor(2, "kv-digest")  # Starts its threads on first use.
+        self._stats = EndpointStats()
+        self._is_closed = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where prefill workers connect, best first; empty when it does not listen."""
+        return tuple(listener.address for listener in self._listeners)
+
+    @property
+    def stats(self) -> EndpointStats:
+        self._stats.refusals = self._receiver.refusals
+        self._stats.links = {peer.link.peer: peer.link.transport for peer in self._peers.values()}
+        self._stats.receiving = self._receiver.open_tokens
+        self._stats.sending = self._sender.open_keys
+        return self._stats
+
+    async def start(self) -> None:
+        """Raises TransportUnavailable when none of the transports runs here."""
+        self._loop = asyncio.get_running_loop()
+        self._transports = await start_transports(self._transports)
+        if self._listens:
+            for transport in self._transports:
+                self._listeners.append(await transport.listen(self._bind_host, self._accept))
+
+    async def aclose(self) -> None:
+        """Abort everything; every callback that is due comes before this returns."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for listener in self._listeners:
+            await listener.aclose()
+        await self._cancel_dials()
+        self._tell_both(Close())
+        for link_id in list(self._peers):
+            self._abort(link_id, "closing")
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self._digesters.shutdown(wait=True)
+        await asyncio.sleep(0)  # Digests that came home while we waited are delivered by call_soon.
+        if self._timer:
+            self._timer.cancel()
+        for transport in self._transports:
+            await transport.aclose()
+
+    async def _cancel_dials(self) -> None:
+        dials = [*self._dials.values(), *(task for task in self._tasks if task.get_name() == "dial")]
+        for task in dials:
+            task.cancel()
+        if dials:
+            await asyncio.wait(dials)
+
+    # Decode side.
+
+    def expect(self, expectation: Expectation, on_end: Callable[[ReceiveEnd], None]) -> None:
+        """Grant the blocks to whoever claims the token. `on_end` comes exactly once. Raises ValueError, IndexError."""
+        self._check_open()
+        if any(not 0 <= block < self._pool.blocks for block in expectation.block_ids):
+            raise IndexError(f"a block outside of the pool of {self._pool.blocks}")
+        instructions = self._receiver.on(Expect(expectation), self._clock())
+        self._on_end[expectation.token] = on_end
+        self._carry_out(instructions)
+
+    def cancel(self, token: bytes) -> None:
+        """Give up; `on_end` follows as soon as the blocks are safe. Unknown tokens are ignored."""
+        self._tell_receiver(CancelExpectation(token))
+
+    # Prefill side.
+
+    def open(self, order: SendOrder, on_event: Callable[[SendReleased | SendEnd], None]) -> None:
+        """Connect and claim; chunks may be announced at once and are sent when granted. Raises ValueError."""
+        self._check_open()
+        instructions = self._sender.on(OpenOrder(order), self._clock())
+        self._on_event[order.key] = on_event
+        self._carry_out(instructions)
+
+    def announce(self, key: HandoffKey, chunk: Chunk) -> None:
+        """A forward pass for these blocks begins; they must stay until SendReleased. Raises ValueError, IndexError."""
+        if any(not 0 <= block < self._pool.blocks for block in chunk.block_ids):
+            raise IndexError(f"a block outside of the pool of {self._pool.blocks}")
+        self._tell_sender(Announce(key, chunk))
+
+    def layer_ready(self, key: HandoffKey, layer: int) -> None:
+        """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
+        self._tell_sender(LayerReady(key, layer))
+
+    def abort(self, key: HandoffKey, reason: str) -> None:
+        """There will be no more chunks; SendReleased and SendEnd follow. Unknown keys are ignored."""
+        self._tell_sender(AbortOrder(key, reason))
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise TransportError("the hand-off endpoint is closed")
+
+    # The machines.
+
+    def _tell_receiver(self, event: ReceiverEvent) -> None:
+        self._carry_out(self._receiver.on(event, self._clock()))
+
+    def _tell_sender(self, event: SenderEvent) -> None:
+        self._carry_out(self._sender.on(event, self._clock()))
+
+    def _tell_both(self, event: FrameReceived | LinkActive | LinkLostEvent | Tick | Close) -> None:
+        self._tell_receiver(event)
+        self._tell_sender(event)
+
+    def _carry_out(self, instructions: list[Instruction]) -> None:
+        """Instructions run in the order they were given, also those that carrying out one of them brings about."""
+        self._todo.extend(instructions)
+        if self._is_working:
+            return
+        self._is_working = True
+        try:
+            while self._todo:
+                self._do(self._todo.popleft())
+        finally:
+            self._is_working = False
+        self._arm_timer()
+
+    def _arm_timer(self) -> None:
+        is_greeted = all(peer.hello for peer in self._peers.values())
+        if self._timer is None and not (self._receiver.is_idle and self._sender.is_idle and is_greeted):
+            self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._clock()
+        for link_id, peer in list(self._peers.items()):
+            received = peer.link.bytes_received
+            if received != peer.bytes_seen:
+                peer.bytes_seen = received
+                self._tell_both(LinkActive(link_id))
+            if peer.hello is None and now > peer.hello_by:
+                self._abort(link_id, "said no hello")
+        self._tell_both(Tick())
+
+    def _do(self, instruction: Instruction) -> None:
+        match instruction:
+            case SendFrame():
+                peer = self._peers.get(instruction.link)
+                if peer and not peer.is_aborting:
+                    self._say(peer, instruction)
+            case PostReceive():
+                self._post_receive(instruction)
+            case PostSend():
+                self._post_send(instruction)
+            case ComputeDigest():
+                self._digest(instruction)
+            case AbortLink():
+                self._abort(instruction.link, instruction.why)
+            case Dial():
+                self._own(self._dial_any(instruction), "dial")
+            case Emit():
+                self._emit(instruction.event)
+
+    def _emit(self, event: ReceiveEnd | SendReleased | SendEnd) -> None:
+        match event:
+            case ReceiveEnd():
+                self._stats.received["landed" if event.is_landed else event.reason] += 1
+                self._on_end.pop(event.token)(event)
+            case SendEnd():
+                self._stats.sent["landed" if event.is_landed else event.reason] += 1
+                self._on_event.pop(event.key)(event)
+            case SendReleased():
+                self._on_event[event.key](event)
+
+    # Messages and digests.
+
+    def _say(self, peer: _Peer, instruction: SendFrame) -> None:
+        try:
+            peer.link.send_control(frames.encode(instruction.frame))
+        except LinkLost:
+            log.debug("frame to %s after its link was lost", peer.link.peer)
+
+    def _post_receive(self, instruction: PostReceive) -> None:
+        message = instruction.message
+        buffers = self._pool.buffers(message.layer, instruction.block_ids)
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                self._stats.kv_bytes_received += sum(buffer.nbytes for buffer in buffers)
+            self._tell_receiver(MessageDone(message, error))
+
+        try:
+            self._link(message.link).post_receive(_tag(message), buffers, done)
+        except LinkLost as error:
+            done(error)
+
+    def _post_send(self, instruction: PostSend) -> None:
+        message = instruction.message
+        buffers = self._pool.buffers(message.layer, instruction.block_ids)
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                self._stats.kv_bytes_sent += sum(buffer.nbytes for buffer in buffers)
+            self._tell_sender(MessageDone(message, error))
+
+        try:
+            self._link(message.link).post_send(_tag(message), buffers, done)
+        except LinkLost as error:
+            done(error)
+
+    def _link(self, link_id: LinkId) -> Link:
+        peer = self._peers.get(link_id)
+        if peer is None or peer.is_aborting:
+            raise LinkLost("the link was dropped")
+        return peer.link
+
+    def _digest(self, instruction: ComputeDigest) -> None:
+        layer, block_ids = instruction.message.layer, instruction.block_ids
+        if self._pool.layout.layer_block_bytes[layer] * len(block_ids) <= DIGEST_INLINE_BYTES:
+            self._on_digest(instruction, self._pool.digest(layer, block_ids))
+            return
+
+        def home(future: Future[int]) -> None:
+            self._loop.call_soon_threadsafe(self._on_digest, instruction, future.result())
+
+        self._digesters.submit(self._pool.digest, layer, block_ids).add_done_callback(home)
+
+    def _on_digest(self, instruction: ComputeDigest, digest: int) -> None:
+        event = Digested(instruction.message, digest)
+        if instruction.is_received:
+            self._tell_receiver(event)
+        else:
+            self._tell_sender(event)
+
+    # Links.
+
+    def _accept(self, link: Link) -> None:
+        self._adopt(link, address=None)
+
+    def _adopt(self, link: Link, address: str | None) -> LinkId:
+        self._last_link += 1
+        link_id = LinkId(self._last_link)
+        peer = _Peer(link, address, hello_by=self._clock() + HELLO_TIMEOUT_S)
+        self._peers[link_id] = peer
+        if address is not None:
+            self._dialled[address] = link_id
+
+        def on_control(payload: bytes) -> None:
+            self._on_control(link_id, peer, payload)
+
+        def on_lost(error: Exception) -> None:
+            self._on_lost(link_id, peer, error)
+
+        link.start(on_control, on_lost)
+        if self._is_closed:
+            self._abort(link_id, "closing")
+            return link_id
+        try:
+            link.send_control(self._hello)
+        except LinkLost:
+            log.debug("lost %s before the hello", link.peer)
+        self._arm_timer()
+        return link_id
+
+    def _on_control(self, link_id: LinkId, peer: _Peer, payload: bytes) -> None:
+        if peer.is_aborting:
+            return
+        try:
+            frame = frames.decode(payload)
+        except frames.BadFrame as error:
+            self._abort(link_id, str(error))
+            return
+        if peer.hello is None:
+            if not isinstance(frame, frames.Hello) or frame.protocol != HANDOFF_PROTOCOL:
+                self._abort(link_id, f"no hello of protocol {HANDOFF_PROTOCOL}")
+                return
+            peer.hello = frame
+            log.info("linked to %s at %s over %s", frame.worker, peer.link.peer, peer.link.transport)
+            return
+        self._tell_both(FrameReceived(link_id, frame))
+
+    def _on_lost(self, link_id: LinkId, peer: _Peer, error: Exception) -> None:
+        del self._peers[link_id]
+        if peer.address is not None and self._dialled.get(peer.address) == link_id:
+            del self._dialled[peer.address]
+        if not self._is_closed:
+            self._stats.links_lost += 1
+            log.info("lost %s: %s", peer.link.peer, error)
+        self._tell_both(LinkLostEvent(link_id))
+
+    def _abort(self, link_id: LinkId, why: str) -> None:
+        peer = self._peers.get(link_id)
+        if peer is None or peer.is_aborting:
+            return
+        peer.is_aborting = True
+        if peer.address is not None and self._dialled.get(peer.address) == link_id:
+            del self._dialled[peer.address]  # The next order makes a new one.
+        log.log(logging.DEBUG if why == "closing" else logging.WARNING, "aborted %s: %s", peer.link.peer, why)
+        self._own(peer.link.abort(), "abort")
+
+    async def _dial_any(self, dial: Dial) -> None:
+        failures: list[str] = []
+        for address in dial.addresses:
+            try:
+                link_id = await self._connect(address)
+            except (TransportError, ValueError) as error:
+                failures.append(str(error))
+                continue
+            if link_id in self._peers and not self._peers[link_id].is_aborting:
+                self._tell_sender(LinkUp(dial.key, link_id))
+                return
+            failures.append(f"lost {address} at once")
+        log.warning("found no way to a decode worker: %s", "; ".join(failures))
+        self._tell_sender(DialFailed(dial.key, "; ".join(failures)))
+
+    async def _connect(self, address: str) -> LinkId:
+        """The one link to this address, made when there is none. Raises LinkLost, ValueError."""
+        if (link_id := self._dialled.get(address)) is not None:
+            return link_id
+        dial = self._dials.get(address)
+        if dial is None:
+            dial = self._dials[address] = self._loop.create_task(self._dial(address), name=f"dial {address}")
+            dial.add_done_callback(lambda _: self._dials.pop(address))
+        return await asyncio.shield(dial)
+
+    async def _dial(self, address: str) -> LinkId:
+        scheme = address.partition("://")[0]
+        for transport in self._transports:
+            if transport.scheme == scheme:
+                link = await transport.connect(address, timeout_s=DIAL_TIMEOUT_S)
+                return self._adopt(link, address)
+        running = ", ".join(transport.scheme for transport in self._transports)
+        raise LinkLost(f"no transport for {address!r}; running: {running}")
+
+    def _own(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _tag(message: MessageId) -> int:
+    return frames.message_tag(message.transfer, message.chunk, message.layer)

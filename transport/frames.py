@@ -1,0 +1,189 @@
+"""The frames of a link's control channel, and the only place where bytes from a peer become values.
+
+Both sides say `Hello` first. The prefill side claims, the decode side grants; every frame after a grant names the
+link-unique `transfer`. Frames of one link arrive in order; KV messages may overtake them or be overtaken.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from .base import HandoffKey
+from .errors import TransportError
+
+FRAME_BYTES_MAX = 1 << 20
+LAYERS_MAX = 1 << 10
+CHUNKS_MAX = 1 << 12
+TRANSFERS_MAX = 1 << 18
+BLOCKS_MAX = 1 << 24
+
+RefuseReason = Literal[
+    "unknown_token", "spent_token", "stale_attempt", "wrong_epoch", "fingerprint", "busy", "bad_claim", "closing"
+]
+CancelReason = Literal["cancelled", "timeout", "replaced", "digest", "protocol", "closing"]
+
+Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=BLOCKS_MAX)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+TransferNumber = Annotated[int, msgspec.Meta(ge=0, lt=TRANSFERS_MAX)]
+ChunkNumber = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
+Fingerprint = Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+Digests = Annotated[bytes, msgspec.Meta(max_length=8 * LAYERS_MAX)]
+
+
+class BadFrame(TransportError):
+    """A peer sent bytes that are no frame of this protocol; the link is dropped."""
+
+
+class _Frame(msgspec.Struct, frozen=True, array_like=True, tag_field="frame"):
+    pass
+
+
+class WireKey(msgspec.Struct, frozen=True, array_like=True):
+    """A `HandoffKey` as it travels, with its limits checked."""
+
+    token: Token
+    attempt: Number
+    delivery: Number
+
+    @classmethod
+    def of(cls, key: HandoffKey) -> WireKey:
+        return cls(key.token, key.attempt, key.delivery)
+
+    @property
+    def key(self) -> HandoffKey:
+        return HandoffKey(self.token, self.attempt, self.delivery)
+
+
+class Hello(_Frame, frozen=True, tag="hello"):
+    """Either side, first on every link: who is talking."""
+
+    protocol: Number
+    worker: Text
+    nonce: Token
+    fingerprint: Fingerprint
+    epoch: Number
+
+
+class Claim(_Frame, frozen=True, tag="claim"):
+    """Prefill to decode: I compute this prompt; may I write its KV?"""
+
+    key: WireKey
+    blocks: Count  # of the whole prompt
+    fingerprint: Fingerprint
+    decode_epoch: Number
+
+
+class Grant(_Frame, frozen=True, tag="grant"):
+    """Decode to prefill: write logical blocks `skip_blocks` up to `end_block`, with tags of `transfer`."""
+
+    key: WireKey
+    transfer: TransferNumber
+    skip_blocks: Count
+    end_block: Count
+
+
+class Refuse(_Frame, frozen=True, tag="refuse"):
+    """Decode to prefill: not you, not now, or not this."""
+
+    key: WireKey
+    reason: RefuseReason
+
+
+class Landed(_Frame, frozen=True, tag="landed"):
+    """Decode to prefill: every block is here and verified. Also the answer to a claim of what has landed before."""
+
+    key: WireKey
+
+
+class ChunkStart(_Frame, frozen=True, tag="chunk_start"):
+    """Prefill to decode: one message for each layer will come for these logical blocks (an empty one if I give up)."""
+
+    transfer: TransferNumber
+    chunk: ChunkNumber
+    first_block: Count
+    blocks: Annotated[int, msgspec.Meta(ge=1, le=BLOCKS_MAX)]
+
+
+class ChunkDone(_Frame, frozen=True, tag="chunk_done"):
+    """Prefill to decode: the digest of each layer's message, little-endian u64 in the order of the layers."""
+
+    transfer: TransferNumber
+    chunk: ChunkNumber
+    digests: Digests
+
+
+class Done(_Frame, frozen=True, tag="done"):
+    """Prefill to decode: there are no more chunks."""
+
+    transfer: TransferNumber
+
+
+class Failed(_Frame, frozen=True, tag="failed"):
+    """Prefill to decode: I give up; no message that I did not announce will come, the announced ones all come."""
+
+    key: WireKey
+    reason: Text
+
+
+class CancelTransfer(_Frame, frozen=True, tag="cancel"):
+    """Decode to prefill: stop writing and tell me when you have. After `digest` you may claim again."""
+
+    transfer: TransferNumber
+    reason: CancelReason
+
+
+class Drained(_Frame, frozen=True, tag="drained"):
+    """Prefill to decode: all announced messages of this transfer have been sent; nothing more will come."""
+
+    transfer: TransferNumber
+
+
+class Keepalive(_Frame, frozen=True, tag="keepalive"):
+    """Either side, every half second while a hand-off is open on this link: I am here, it just takes time."""
+
+
+Frame = (
+    Hello
+    | Claim
+    | Grant
+    | Refuse
+    | Landed
+    | ChunkStart
+    | ChunkDone
+    | Done
+    | Failed
+    | CancelTransfer
+    | Drained
+    | Keepalive
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+
+
+def encode(frame: Frame) -> bytes:
+    """One frame as bytes for `Link.send_control`."""
+    return _encoder.encode(frame)
+
+
+def decode(payload: bytes) -> Frame:
+    """Raises BadFrame for anything that is not exactly one frame within the limits."""
+    if len(payload) > FRAME_BYTES_MAX:
+        raise BadFrame(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
+    try:
+        return _decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise BadFrame(f"bad control frame of {len(payload)} B: {error}") from error
+
+
+def message_tag(transfer: int, chunk: int, layer: int) -> int:
+    """The link tag of one layer of one chunk: 18 + 12 + 10 bits."""
+    assert max(transfer >> 18, chunk >> 12, layer >> 10) == 0, (transfer, chunk, layer)
+    return transfer << 22 | chunk << 10 | layer
+
+
+TAG_BITS = 40

@@ -1,0 +1,217 @@
+"""What the two machines of a hand-off are told and what they answer.
+
+`receiver.Receiver` (decode) and `sender.Sender` (prefill) decide; they have no I/O, clock or randomness. `endpoint` tells
+them events with the time and carries out the instructions they return, in order. What the endpoint promises:
+
+- a `PostReceive`, `PostSend` or `ComputeDigest` is answered by exactly one `MessageDone` or `Digested`, also on failure;
+- `LinkLost` comes once for each link, after the `MessageDone` of all its messages, also after `AbortLink`;
+- `Dial` is answered by one `LinkUp` or `DialFailed`;
+- `Tick` comes about every 100 ms while a machine is not idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, NewType
+
+from .base import Chunk, Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
+from .frames import Frame
+
+LinkId = NewType("LinkId", int)
+
+KEEPALIVE_S = 0.5
+STALLED_S = 2.0  # four keepalives missed: UCX and TCP never report a stopped peer themselves
+DRAIN_S = 0.5  # for a writer that was told to stop; then its link is aborted
+HOLD_S = 5.0  # a claim may come before the decode engine has allocated
+RECLAIM_S = 1.0  # after a sender gave up or a digest was wrong: for its retry, or a redelivered job
+PAUSE_S = 1.0  # a gap between ticks that means we were suspended ourselves, not our peers
+TICK_S = 0.1
+
+
+class MessageId(NamedTuple):
+    """One layer of one chunk on one grant."""
+
+    key: HandoffKey
+    link: LinkId
+    transfer: int
+    chunk: int
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrameReceived:
+    link: LinkId
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class MessageDone:
+    """All bytes of a message have moved, or `error` says why not; its buffers are no longer touched."""
+
+    message: MessageId
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    message: MessageId
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkActive:
+    """Bytes arrived on this link since the last tick."""
+
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    key: HandoffKey
+    link: LinkId
+
+
+@dataclass(frozen=True, slots=True)
+class DialFailed:
+    key: HandoffKey
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The endpoint stops; every link will be aborted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    expectation: Expectation
+
+
+@dataclass(frozen=True, slots=True)
+class CancelExpectation:
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOrder:
+    order: SendOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    key: HandoffKey
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReady:
+    key: HandoffKey
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortOrder:
+    key: HandoffKey
+    reason: str
+
+
+LinkEvent = FrameReceived | MessageDone | Digested | LinkActive | LinkLost | Tick | Close
+ReceiverEvent = LinkEvent | Expect | CancelExpectation
+SenderEvent = LinkEvent | OpenOrder | Announce | LayerReady | AbortOrder | LinkUp | DialFailed
+
+
+@dataclass(frozen=True, slots=True)
+class SendFrame:
+    link: LinkId
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class PostReceive:
+    message: MessageId
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PostSend:
+    """With no blocks: an empty message, which ends the peer's posted receive without writing."""
+
+    message: MessageId
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeDigest:
+    message: MessageId
+    block_ids: tuple[int, ...]
+    is_received: bool  # which machine wants to know
+
+
+@dataclass(frozen=True, slots=True)
+class AbortLink:
+    link: LinkId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    key: HandoffKey
+    addresses: tuple[str, ...]  # try in this order
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Tell the engine."""
+
+    event: ReceiveEnd | SendReleased | SendEnd
+
+
+Instruction = SendFrame | PostReceive | PostSend | ComputeDigest | AbortLink | Dial | Emit
+
+
+@dataclass(slots=True)
+class LinkWatch:
+    """When each link was last heard and last spoken on. Silence, not the link's own word, says that a peer hangs."""
+
+    _heard: dict[LinkId, float] = field(default_factory=dict)
+    _spoken: dict[LinkId, float] = field(default_factory=dict)
+    _ticked_at: float = 0.0
+
+    def hear(self, link: LinkId, now: float) -> None:
+        self._heard[link] = now
+
+    def forget(self, link: LinkId) -> None:
+        self._heard.pop(link, None)
+        self._spoken.pop(link, None)
+
+    def note_tick(self, now: float) -> None:
+        """Call first on every tick: after a pause of our own nobody's silence counts."""
+        if now - self._ticked_at > PAUSE_S:
+            for link in self._heard:
+                self._heard[link] = now
+        self._ticked_at = now
+
+    def due(self, busy: Iterable[LinkId], now: float) -> list[LinkId]:
+        """Those of the busy links that want a keepalive now."""
+        links = [link for link in busy if now - self._spoken.get(link, -KEEPALIVE_S) >= KEEPALIVE_S]
+        for link in links:
+            self._spoken[link] = now
+        return links
+
+    def silent(self, busy: Iterable[LinkId], now: float) -> list[LinkId]:
+        """Those of the busy links whose peer said nothing for too long. Says so once for each silence."""
+        links = [link for link in busy if now - self._heard.setdefault(link, now) > STALLED_S]
+        for link in links:
+            self._heard[link] = now
+        return links

@@ -1,0 +1,41 @@
+"""A position in a list of buffers that are read or filled as one run of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..base import Buffer
+
+
+class Cursor:
+    """Names the next bytes as views, never copying them."""
+
+    def __init__(self, buffers: Iterable[Buffer | bytes | memoryview]) -> None:
+        views = (memoryview(buffer) if isinstance(buffer, bytes | memoryview) else buffer.data for buffer in buffers)
+        self._views = [view for view in views if view.nbytes]
+        self._index = 0
+        self._offset = 0
+        self.total_bytes = sum(view.nbytes for view in self._views)
+        self.left_bytes = self.total_bytes
+
+    def views(self, bytes_max: int, count_max: int) -> list[memoryview]:
+        """The next views, together at most `bytes_max` long."""
+        views: list[memoryview] = []
+        offset = self._offset
+        for index in range(self._index, min(self._index + count_max, len(self._views))):
+            view = self._views[index]
+            end = min(view.nbytes, offset + bytes_max)
+            views.append(view[offset:end])
+            bytes_max -= end - offset
+            offset = 0
+            if not bytes_max:
+                break
+        return views
+
+    def advance(self, moved_bytes: int) -> None:
+        self.left_bytes -= moved_bytes
+        moved_bytes += self._offset
+        while self._index < len(self._views) and moved_bytes >= self._views[self._index].nbytes:
+            moved_bytes -= self._views[self._index].nbytes
+            self._index += 1
+        self._offset = moved_bytes

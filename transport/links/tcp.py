@@ -1,0 +1,372 @@
+"""Links over TCP: no dependency, for where UCX is absent.
+
+The socket is driven by hand (`add_reader`, `add_writer`) on asyncio and uvloop alike, because asyncio's own transport
+copies what the kernel does not take at once. Received bytes go from the kernel straight into the posted buffers.
+
+On the wire: a header {kind, segment bytes, tag, message bytes}, then the segment. A KV message travels as segments of at
+most 1 MiB, so that control frames, which go first, wait for one segment and not for a whole layer. KV that comes
+before its receive is posted stops the reading of this link until it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..base import Buffer, ControlHandler, Done, LostHandler
+from ..base import Link as LinkContract
+from ..errors import LinkLost, TransportError
+from ..frames import FRAME_BYTES_MAX
+from .addresses import family_of, join_address, split_address
+from .cursor import Cursor
+
+log = logging.getLogger(__name__)
+_HEADER = struct.Struct("<BxxxIQQ")
+_CONTROL, _MESSAGE = 1, 2
+SEGMENT_BYTES = 1 << 20
+TURN_BYTES = 8 << 20  # then other work of the loop gets its turn
+VIEWS_MAX = 64  # of one system call; IOV_MAX is 1024, but 64 blocks of 16 KiB fill a segment
+CLOSE_S = 1.0
+
+
+@dataclass(slots=True)
+class _Message:
+    tag: int
+    cursor: Cursor
+    done: Done
+    expected_bytes: int = 0
+
+
+class TcpLink:
+    """One connected socket."""
+
+    def __init__(self, connection: socket.socket, peer: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket = connection
+        self._peer = peer
+        self._error: LinkLost | None = None
+        self._on_control: ControlHandler | None = None
+        self._on_lost: LostHandler | None = None
+        # Receiving: a header, then a control frame or a segment of a message.
+        self._bytes_received = 0
+        self._header = bytearray(_HEADER.size)
+        self._have = 0  # bytes of the header, or of the control frame
+        self._frame: bytearray | None = None
+        self._segment_left = 0
+        self._filling: _Message | None = None
+        self._wanted: tuple[int, int] | None = None  # (tag, bytes) of KV that nobody has posted a receive for
+        self._receives: dict[int, _Message] = {}
+        # Sending: control first, then messages in their order.
+        self._controls: deque[bytes] = deque()
+        self._sends: deque[_Message] = deque()
+        self._piece: Cursor | None = None  # what is being written: frames, or a header and a segment
+        self._piece_of: _Message | None = None
+        self._is_kicked = False
+        self._is_writing = False
+        self._is_flushed = asyncio.Event()
+        self._is_flushed.set()
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def transport(self) -> str:
+        return "tcp"
+
+    @property
+    def bytes_received(self) -> int:
+        return self._bytes_received
+
+    def send_control(self, payload: bytes) -> None:
+        if len(payload) > FRAME_BYTES_MAX:
+            raise ValueError(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
+        self._check_alive()
+        self._controls.append(_HEADER.pack(_CONTROL, len(payload), 0, len(payload)) + payload)
+        self._kick()
+
+    def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+        self._check_alive()
+        self._sends.append(_Message(tag, Cursor(buffers), done))
+        self._kick()
+
+    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+        self._check_alive()
+        assert tag not in self._receives, f"tag {tag} is posted already"
+        self._receives[tag] = _Message(tag, Cursor(buffers), done)
+        if self._wanted and self._wanted[0] == tag:
+            self._loop.call_soon(self._resume)
+
+    def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
+        self._on_control, self._on_lost = on_control, on_lost
+        if self._error:
+            self._loop.call_soon(on_lost, self._error)
+        else:
+            self._loop.add_reader(self._socket, self._read)
+
+    async def abort(self) -> None:
+        self._lose(LinkLost(f"{self._peer} was aborted here"))
+
+    async def aclose(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._is_flushed.wait()
+        except TimeoutError:
+            pass
+        await self.abort()
+
+    def _check_alive(self) -> None:
+        if self._error:
+            raise LinkLost(f"{self._peer} is gone") from self._error
+
+    def _lose(self, error: LinkLost) -> None:
+        if self._error:
+            return
+        self._error = error
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        messages = [*self._sends, *self._receives.values()]
+        self._sends.clear()
+        self._receives.clear()
+        self._controls.clear()
+        self._piece = self._piece_of = self._filling = None
+        self._is_flushed.set()
+        for message in messages:
+            message.done(error)
+        if self._on_lost:
+            self._on_lost(error)
+
+    # Receiving.
+
+    def _read(self) -> None:
+        read_bytes = 0
+        while self._error is None and self._wanted is None and read_bytes < TURN_BYTES:
+            try:
+                count = self._socket.recvmsg_into(self._places())[0]
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._lose(_lost(self._peer, error))
+                return
+            if not count:
+                self._lose(LinkLost(f"{self._peer} closed the connection"))
+                return
+            read_bytes += count
+            self._bytes_received += count
+            self._consume(count)
+
+    def _places(self) -> list[memoryview]:
+        """Where the next bytes belong; a segment is read together with the header behind it."""
+        if self._filling:
+            places = self._filling.cursor.views(self._segment_left, VIEWS_MAX)
+            if sum(view.nbytes for view in places) == self._segment_left:
+                places.append(memoryview(self._header))
+            return places
+        return [memoryview(self._header if self._frame is None else self._frame)[self._have :]]
+
+    def _consume(self, count: int) -> None:
+        if message := self._filling:
+            segment = min(count, self._segment_left)
+            message.cursor.advance(segment)
+            self._segment_left -= segment
+            count -= segment
+            if not self._segment_left:
+                self._end_segment(message)
+        self._have += count
+        if self._frame is not None and self._have == len(self._frame):
+            frame, self._frame, self._have = bytes(self._frame), None, 0
+            assert self._on_control
+            self._on_control(frame)
+        elif self._frame is None and self._have == _HEADER.size and self._error is None:
+            self._have = 0
+            self._on_header(*_HEADER.unpack(self._header))
+
+    def _on_header(self, kind: int, segment_bytes: int, tag: int, message_bytes: int) -> None:
+        if kind == _CONTROL and 0 < segment_bytes <= FRAME_BYTES_MAX:
+            self._frame = bytearray(segment_bytes)
+        elif kind == _MESSAGE and segment_bytes <= SEGMENT_BYTES and (segment_bytes or not message_bytes):
+            self._segment_left = segment_bytes
+            self._wanted = (tag, message_bytes)
+            self._begin_segment()
+        else:
+            self._lose(LinkLost(f"{self._peer} sent a header of kind {kind} for {segment_bytes} B"))
+
+    def _begin_segment(self) -> None:
+        assert self._wanted
+        tag, message_bytes = self._wanted
+        message = self._receives.get(tag)
+        if message is None:
+            self._loop.remove_reader(self._socket)
+            return
+        self._wanted = None
+        message.expected_bytes = message.expected_bytes or message_bytes
+        arrived = message.cursor.total_bytes - message.cursor.left_bytes
+        if message.expected_bytes != message_bytes or arrived + self._segment_left > message_bytes:
+            self._lose(LinkLost(f"{self._peer} changed the length of message {tag:#x}"))
+        elif message_bytes > message.cursor.total_bytes:
+            receive_bytes = message.cursor.total_bytes
+            self._lose(LinkLost(f"{self._peer} sent {message_bytes} B for a receive of {receive_bytes} B"))
+        elif self._segment_left:
+            self._filling = message
+        else:
+            self._end_segment(message)
+
+    def _end_segment(self, message: _Message) -> None:
+        self._filling = None
+        arrived = message.cursor.total_bytes - message.cursor.left_bytes
+        if arrived < message.expected_bytes:
+            return
+        del self._receives[message.tag]
+        if message.cursor.left_bytes:
+            total = message.cursor.total_bytes
+            message.done(TransportError(f"{self._peer} sent {arrived} B for a receive of {total} B"))
+        else:
+            message.done(None)
+
+    def _resume(self) -> None:
+        if self._error is None and self._wanted is not None:
+            self._begin_segment()
+            if self._error is None and self._wanted is None:
+                self._loop.add_reader(self._socket, self._read)
+
+    # Sending.
+
+    def _kick(self) -> None:
+        self._is_flushed.clear()
+        if not self._is_kicked and not self._is_writing:
+            self._is_kicked = True
+            self._loop.call_soon(self._write)
+
+    def _write(self) -> None:
+        self._is_kicked = False
+        written_bytes = 0
+        while self._error is None and written_bytes < TURN_BYTES:
+            piece = self._piece or self._next_piece()
+            if piece is None:
+                self._set_writing(False)
+                self._is_flushed.set()
+                return
+            try:
+                count = self._socket.sendmsg(piece.views(piece.left_bytes, VIEWS_MAX))
+            except (BlockingIOError, InterruptedError):
+                self._set_writing(True)
+                return
+            except OSError as error:
+                self._lose(_lost(self._peer, error))
+                return
+            written_bytes += count
+            piece.advance(count)
+            if not piece.left_bytes:
+                self._end_piece()
+        if self._error is None:
+            self._set_writing(True)
+
+    def _set_writing(self, is_writing: bool) -> None:
+        if is_writing != self._is_writing:
+            self._is_writing = is_writing
+            if is_writing:
+                self._loop.add_writer(self._socket, self._write)
+            else:
+                self._loop.remove_writer(self._socket)
+
+    def _next_piece(self) -> Cursor | None:
+        if self._controls:
+            self._piece = Cursor(self._controls)
+            self._controls.clear()
+        elif self._sends:
+            message = self._piece_of = self._sends[0]
+            segment_bytes = min(message.cursor.left_bytes, SEGMENT_BYTES)
+            views = message.cursor.views(segment_bytes, VIEWS_MAX)
+            segment_bytes = sum(view.nbytes for view in views)
+            message.cursor.advance(segment_bytes)
+            header = _HEADER.pack(_MESSAGE, segment_bytes, message.tag, message.cursor.total_bytes)
+            self._piece = Cursor([header, *views])
+        return self._piece
+
+    def _end_piece(self) -> None:
+        message, self._piece, self._piece_of = self._piece_of, None, None
+        if message and not message.cursor.left_bytes:
+            self._sends.popleft()
+            message.done(None)
+
+
+class TcpListener:
+    def __init__(self, server: socket.socket, host: str, on_link: Callable[[LinkContract], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._server = server
+        self._on_link = on_link
+        self._address = join_address("tcp", host, server.getsockname()[1])
+        self._loop.add_reader(server, self._accept)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    async def aclose(self) -> None:
+        self._loop.remove_reader(self._server)
+        self._server.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, peer = self._server.accept()
+        except OSError as error:
+            log.warning("did not accept a connection: %s", error)
+            return
+        _tune(connection)
+        self._on_link(TcpLink(connection, join_address("tcp", peer[0], peer[1])))
+
+
+class TcpTransport:
+    """Plain TCP."""
+
+    scheme = "tcp"
+
+    async def start(self) -> None:
+        pass
+
+    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> TcpListener:
+        server = socket.create_server((host, 0), family=family_of(host), backlog=128)
+        server.setblocking(False)
+        return TcpListener(server, host, on_link)
+
+    async def connect(self, address: str, *, timeout_s: float) -> TcpLink:
+        """Raises LinkLost when nobody answers in time, ValueError when the address is not of this scheme."""
+        host, port = split_address(address, "tcp")
+        loop = asyncio.get_running_loop()
+        connection: socket.socket | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                connection = socket.socket(found[0][0], socket.SOCK_STREAM)
+                _tune(connection)
+                await loop.sock_connect(connection, found[0][4])
+        except (OSError, TimeoutError) as error:
+            if connection:
+                connection.close()
+            raise LinkLost(f"no answer from {address} within {timeout_s} s: {error or 'timeout'}") from error
+        except asyncio.CancelledError:
+            if connection:
+                connection.close()
+            raise
+        return TcpLink(connection, address)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _lost(peer: str, error: OSError) -> LinkLost:
+    lost = LinkLost(f"lost {peer}: {error}")
+    lost.__cause__ = error
+    return lost
