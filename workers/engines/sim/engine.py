@@ -1,0 +1,471 @@
+"""The verifying simulator as an engine: schedules like vLLM in small, moves real bytes, takes as long as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ....bus.messages import FINISH_STOP, KvEvent, TokenLogprob
+from ....transport.base import Chunk, Expectation, ReceiveEnd, SendEnd, SendOrder, SendReleased, Transport
+from ....transport.endpoint import HandoffEndpoint
+from ....transport.errors import TransportError
+from ....transport.registry import open_transports
+from ...config import WorkerConfig
+from ..base import (
+    BadTask,
+    DecodeTask,
+    EngineDead,
+    EngineError,
+    EngineInfo,
+    EngineLoad,
+    HandoffFailed,
+    PrefillOutcome,
+    PrefillTask,
+    StepOutput,
+)
+from .blocks import BlockPool
+from .kv import SimKv, cells_of, choose, finish_of, logprob_of, next_states, sim_layout
+from .vocabulary import sim_vocabulary
+from .work import DecodeWork, PrefillWork, Work
+
+log = logging.getLogger(__name__)
+KV_BLOCKS = 8192  # when not told: 8 MiB of 32-token blocks in 4 layers
+MODEL_LEN_MAX = 32768  # when not told
+LAG_MAX_S = 0.005  # time lost to a late timer is made up for, time lost to a busy machine is not
+
+
+class SimEngine:
+    """Implements `Engine`. Everything happens on the loop that started it."""
+
+    def __init__(
+        self, config: WorkerConfig, *, worker_id: str, epoch: int, transports: Sequence[Transport] | None = None
+    ) -> None:
+        self._config = config
+        self._blocks = BlockPool(config.kv_blocks or KV_BLOCKS)
+        layout = sim_layout(config.model, block_tokens=config.block_tokens, layers=config.sim_layers)
+        self.kv = SimKv(layout, config.kv_blocks or KV_BLOCKS)
+        self.vocabulary = sim_vocabulary(config.model, config.sim_vocab)
+        kv_tokens = self.kv.pool.blocks * config.block_tokens
+        self._model_len_max = config.max_model_len or min(MODEL_LEN_MAX, kv_tokens)
+        if self._model_len_max > kv_tokens:
+            raise EngineError(
+                f"max_model_len {self._model_len_max} needs more KV than {kv_tokens} tokens; raise kv_blocks"
+            )
+        self.endpoint = HandoffEndpoint(
+            self.kv.pool,
+            open_transports(config.transports) if transports is None else transports,
+            worker_name=worker_id,
+            epoch=epoch,
+            bind_host=config.bind,
+            listens=config.role == "decode",
+        )
+        self._waiting: deque[PrefillWork | DecodeWork] = deque()
+        self._active: dict[PrefillWork | DecodeWork, None] = {}  # each has a slot and blocks
+        self._computing: dict[PrefillWork | DecodeWork, None] = {}
+        self._running: dict[DecodeWork, None] = {}  # make a token each step, oldest first
+        self._handlers: list[Callable[[list[KvEvent]], None]] = []
+        self._wake = asyncio.Event()
+        self._busy_until = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._dead: EngineDead | None = None
+        self._is_dead = asyncio.Event()
+
+    async def start(self) -> EngineInfo:
+        try:
+            await self.endpoint.start()
+        except TransportError as error:
+            raise EngineError(f"no transport of {self._config.transports!r} runs here: {error}") from error
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run(), name="sim engine")
+        self._task.add_done_callback(self._on_run_ended)
+        return EngineInfo(
+            fingerprint=self.kv.pool.layout.fingerprint(),
+            block_tokens=self._config.block_tokens,
+            kv_blocks=self.kv.pool.blocks,
+            slots=self._config.slots,
+            max_model_len=self._model_len_max,
+            handoff_addresses=self.endpoint.addresses,
+            description="sim",
+        )
+
+    async def prefill(self, task: PrefillTask) -> PrefillOutcome:
+        self._check(task.token_ids)
+        work = PrefillWork(list(task.token_ids), self._config.block_tokens, task=task, done=self._loop.create_future())
+        self._add(work)
+        try:
+            return await work.done
+        finally:
+            self._drop(work)
+
+    async def decode(self, task: DecodeTask, on_step: Callable[[StepOutput], None]) -> None:
+        self._check(task.token_ids)
+        room = self._model_len_max - len(task.token_ids)
+        if room < 1:
+            raise BadTask(f"a prompt of {len(task.token_ids)} tokens leaves no room in {self._model_len_max}")
+        work = DecodeWork(
+            list(task.token_ids),
+            self._config.block_tokens,
+            task=task,
+            on_step=on_step,
+            done=self._loop.create_future(),
+            tokens_max=min(task.sampling.max_tokens, room),
+            handoff_token=task.handoff_token,
+        )
+        self._add(work)
+        try:
+            await work.done
+        finally:
+            self._drop(work)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(len(self._active), len(self._waiting), self._blocks.free_blocks)
+
+    def on_kv_events(self, handler: Callable[[list[KvEvent]], None]) -> None:
+        self._handlers.append(handler)
+
+    async def failed(self) -> EngineDead:
+        await self._is_dead.wait()
+        assert self._dead is not None
+        return self._dead
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._fail_all(EngineDead("the engine was closed"))
+        await self.endpoint.aclose()
+
+    # Tasks come and go.
+
+    def _check(self, token_ids: list[int]) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if not token_ids:
+            raise BadTask("the prompt is empty")
+        if len(token_ids) > self._model_len_max:
+            raise BadTask(f"a prompt of {len(token_ids)} tokens is longer than {self._model_len_max}")
+        if min(token_ids) < 0:
+            raise BadTask(f"token id {min(token_ids)} is negative")
+
+    def _add(self, work: PrefillWork | DecodeWork) -> None:
+        self._waiting.append(work)
+        self._wake.set()
+
+    def _drop(self, work: PrefillWork | DecodeWork) -> None:
+        """The end of every task. Blocks that somebody may still read or write stay held until the endpoint says so."""
+        work.is_over = True
+        if work in self._active:
+            self._end(work)
+        elif work in self._waiting:
+            self._waiting.remove(work)
+        if isinstance(work, PrefillWork):
+            if work.is_open:
+                self.endpoint.abort(work.task.key, "cancelled")
+                return
+        elif work.is_receiving:
+            self.endpoint.cancel(work.task.handoff_token or b"")
+            return
+        self._free(work)
+
+    def _end(self, work: PrefillWork | DecodeWork) -> None:
+        """Give the slot back."""
+        del self._active[work]
+        self._computing.pop(work, None)
+        if isinstance(work, DecodeWork):
+            self._running.pop(work, None)
+        self._wake.set()
+
+    def _free(self, work: Work) -> None:
+        blocks, work.blocks = work.blocks, []
+        self._blocks.release(blocks)
+        self._wake.set()
+
+    def _on_run_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the simulator failed", exc_info=error)
+            self._fail_all(EngineDead(f"the simulator failed: {error!r}"))
+
+    def _fail_all(self, error: EngineDead) -> None:
+        if self._dead is None:
+            self._dead = error
+        for work in [*self._active, *self._waiting]:
+            if not work.done.done():
+                work.done.set_exception(self._dead)
+        self._is_dead.set()
+
+    # Steps.
+
+    async def _run(self) -> None:
+        while True:
+            self._admit()
+            parts = self._plan()
+            if not parts and not self._running:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self._step(parts)
+            self._tell_events()
+
+    def _admit(self) -> None:
+        """Give a slot and all blocks of the prompt to those who wait, first come first served."""
+        while self._waiting and len(self._active) < self._config.slots:
+            work = self._waiting[0]
+            # A decode engine computes at least the last prompt token's step, like vLLM.
+            reusable = (len(work.tokens) - isinstance(work, DecodeWork)) // work.block_tokens
+            work.extend_hashes(reusable)
+            hits = self._blocks.hit(work.hashes[:reusable])
+            blocks = self._blocks.allocate(hits, work.blocks_needed - len(hits))
+            if blocks is None:
+                return
+            self._waiting.popleft()
+            work.blocks = blocks
+            work.cached_blocks = work.stored_blocks = len(hits)
+            work.skip_to(len(hits) * work.block_tokens)
+            self._active[work] = None
+            if isinstance(work, PrefillWork):
+                self._open(work)
+            else:
+                self._begin(work)
+
+    def _plan(self) -> list[tuple[PrefillWork | DecodeWork, int]]:
+        """Whose prompt is computed in this step, and up to which position: whole blocks within the token budget."""
+        budget = self._config.chunk_tokens
+        parts: list[tuple[PrefillWork | DecodeWork, int]] = []
+        for work in self._computing:
+            end = min(len(work.tokens), work.computed + budget)
+            if end < len(work.tokens):
+                end -= end % work.block_tokens
+                if end <= work.computed:
+                    if parts:
+                        break
+                    end = min(len(work.tokens), work.computed + work.block_tokens)
+            parts.append((work, end))
+            budget -= end - work.computed
+            if budget <= 0:
+                break
+        return parts
+
+    async def _step(self, parts: list[tuple[PrefillWork | DecodeWork, int]]) -> None:
+        decoding = list(self._running)
+        tokens = sum(end - work.computed for work, end in parts)
+        step_ms = tokens * self._config.sim_prefill_ms_per_token + (self._config.sim_itl_ms if decoding else 0.0)
+        computed = []
+        for work, end in parts:
+            states = next_states(work.state, work.tokens[work.computed : end])
+            blocks = work.blocks[work.whole_blocks : -(-end // work.block_tokens)]
+            if isinstance(work, PrefillWork):
+                self.endpoint.announce(
+                    work.task.key, Chunk(work.whole_blocks, tuple(blocks), is_last=end == len(work.tokens))
+                )
+            computed.append((work, end, blocks, states, cells_of(states, self.kv.layers)))
+        layers = self.kv.layers if parts else 1  # Nobody waits for a layer when only tokens are made.
+        for layer in range(layers):
+            await self._spend(step_ms / 1000 / layers)
+            for work, _, blocks, _, cells in computed:
+                if not work.is_over:
+                    self.kv.write(layer, blocks, cells[layer])
+                    if isinstance(work, PrefillWork):
+                        self.endpoint.layer_ready(work.task.key, layer)
+        if not step_ms:
+            await asyncio.sleep(0)
+        for work, end, _, states, _ in computed:
+            if not work.is_over:
+                work.computed, work.state = end, states[-1]
+                self._store(work)
+                if end == len(work.tokens):
+                    self._on_prompt_computed(work)
+        self._make_tokens([work for work in decoding if work in self._running])
+
+    async def _spend(self, duration_s: float) -> None:
+        """Wait until the engine has been busy for so much longer."""
+        if duration_s <= 0:
+            return
+        now = self._loop.time()
+        self._busy_until = max(self._busy_until, now - LAG_MAX_S) + duration_s
+        await asyncio.sleep(max(0.0, self._busy_until - now))
+
+    def _store(self, work: Work) -> None:
+        """Offer newly complete blocks to the prefix cache."""
+        first, end = work.stored_blocks, work.whole_blocks
+        if end > first:
+            work.extend_hashes(end)
+            self._blocks.store(
+                work.blocks[first:end], work.hashes[first:end], work.hashes[first - 1] if first else None
+            )
+            work.stored_blocks = end
+
+    def _on_prompt_computed(self, work: PrefillWork | DecodeWork) -> None:
+        del self._computing[work]
+        if isinstance(work, DecodeWork):
+            self._start_decoding(work)
+            self._make_tokens([work])
+
+    def _tell_events(self) -> None:
+        if events := self._blocks.take_events():
+            for handler in self._handlers:
+                handler(events)
+
+    # Prefill: the hand-off's sending side.
+
+    def _open(self, work: PrefillWork) -> None:
+        task = work.task
+        order = SendOrder(
+            key=task.key,
+            addresses=task.decode_addresses,
+            decode_epoch=task.decode_epoch,
+            fingerprint=task.fingerprint,
+            blocks=len(work.blocks),
+            timeout_s=task.timeout_s,
+        )
+
+        def on_event(event: SendReleased | SendEnd) -> None:
+            if isinstance(event, SendReleased):
+                work.is_over = True
+                work.is_open = False
+                self._free(work)
+            else:
+                self._on_send_end(work, event)
+
+        try:
+            self.endpoint.open(order, on_event)
+        except ValueError as error:
+            work.done.set_exception(BadTask(f"the hand-off cannot begin: {error}"))
+            return
+        work.is_open = True
+        if work.cached_blocks:
+            is_last = work.computed == len(work.tokens)
+            self.endpoint.announce(task.key, Chunk(0, tuple(work.blocks[: work.cached_blocks]), is_last=is_last))
+            for layer in range(self.kv.layers):
+                self.endpoint.layer_ready(task.key, layer)
+        if work.computed < len(work.tokens):
+            self._computing[work] = None
+
+    def _on_send_end(self, work: PrefillWork, event: SendEnd) -> None:
+        if work in self._active:
+            self._end(work)
+        if work.done.done():
+            return
+        if event.is_landed:
+            cached_tokens = work.cached_blocks * work.block_tokens
+            work.done.set_result(PrefillOutcome(len(work.tokens) - cached_tokens, cached_tokens, event.kv_bytes))
+        else:
+            work.done.set_exception(HandoffFailed(event.reason))
+
+    # Decode: the hand-off's receiving side, then token by token.
+
+    def _begin(self, work: DecodeWork) -> None:
+        token, work.handoff_token = work.handoff_token, None
+        if token is None:
+            self._compute_rest(work)
+            return
+        expectation = Expectation(
+            token=token,
+            attempt=work.task.attempt,
+            first_block=work.cached_blocks,
+            block_ids=tuple(work.blocks[work.cached_blocks :]),
+            timeout_s=work.task.handoff_timeout_s,
+        )
+
+        def on_end(end: ReceiveEnd) -> None:
+            self._on_receive_end(work, end)
+
+        work.is_receiving = True
+        try:
+            self.endpoint.expect(expectation, on_end)
+        except ValueError as error:
+            work.is_receiving = False
+            work.done.set_exception(BadTask(f"the hand-off cannot be expected: {error}"))
+
+    def _on_receive_end(self, work: DecodeWork, end: ReceiveEnd) -> None:
+        work.is_receiving = False
+        if work.is_over:
+            self._free(work)
+            return
+        if end.is_landed:
+            work.cached_tokens, work.computed_here = work.computed, 1
+            work.skip_to(len(work.tokens))
+            self._store(work)
+            self._start_decoding(work)
+        else:
+            log.info("hand-off failed, computing the rest: %s", end.reason, extra={"request_id": work.task.request_id})
+            reusable = (len(work.tokens) - 1) // work.block_tokens
+            work.skip_to(min(work.cached_blocks + end.good_blocks, reusable) * work.block_tokens)
+            self._store(work)
+            self._compute_rest(work)
+        self._wake.set()
+
+    def _compute_rest(self, work: DecodeWork) -> None:
+        if not work.made:
+            work.cached_tokens = work.cached_blocks * work.block_tokens
+            work.computed_here = len(work.tokens) - work.computed
+        self._computing[work] = None
+
+    def _start_decoding(self, work: DecodeWork) -> None:
+        work.answer = self.kv.read(work.blocks, work.computed)
+        self._running[work] = None
+
+    def _make_tokens(self, works: list[DecodeWork]) -> None:
+        """One decode step of all of them at once."""
+        pending = [work for work in works if work.has_pending_token]
+        self._extend([work for work in pending if self._make_room(work)])
+        for work in works:
+            if work in self._running and not work.has_pending_token and not work.done.done():
+                self._make_token(work)
+
+    def _make_room(self, work: DecodeWork) -> bool:
+        """A block for the next position; the youngest requests are preempted for it, in the end this one itself."""
+        while work.blocks and work.computed // work.block_tokens == len(work.blocks):
+            fresh = self._blocks.allocate([], 1)
+            if fresh is not None:
+                work.blocks += fresh
+            else:
+                self._preempt(next(reversed(self._running)))
+        return bool(work.blocks)
+
+    def _preempt(self, work: DecodeWork) -> None:
+        log.debug("preempted", extra={"request_id": work.task.request_id})
+        self._end(work)
+        self._free(work)
+        work.rewind()
+        self._waiting.appendleft(work)
+
+    def _extend(self, works: list[DecodeWork]) -> None:
+        """Compute the KV of each one's newest token and read it."""
+        works = [work for work in works if work.blocks]
+        if not works:
+            return
+        offsets = [work.computed % work.block_tokens for work in works]
+        blocks = [work.blocks[work.computed // work.block_tokens] for work in works]
+        states = [next_states(work.state, work.tokens[-1:])[0] for work in works]
+        answers = self.kv.append(blocks, offsets, states, [work.answer for work in works])
+        for work, state, answer, offset in zip(works, states, answers.tolist(), offsets, strict=True):
+            work.state = state
+            work.answer = answer
+            work.computed += 1
+            if offset == work.block_tokens - 1:
+                self._store(work)
+
+    def _make_token(self, work: DecodeWork) -> None:
+        sampling = work.task.sampling
+        is_first, work.made = work.made == 0, work.made + 1
+        if work.made == work.tokens_max:
+            work.answer = self.kv.read(work.blocks, work.computed)  # A write that came late shows at the latest here.
+        token_id = choose(work.answer, sampling, self.vocabulary)
+        finish = finish_of(token_id, work.made, work.tokens_max, sampling)
+        work.tokens.append(token_id)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sampling.logprobs is not None:
+            logprobs = (logprob_of(work.answer, token_id, sampling.logprobs, self.vocabulary),)
+        stop_token = token_id if finish == FINISH_STOP else None
+        if is_first:
+            output = StepOutput([token_id], finish, logprobs, stop_token, work.computed_here, work.cached_tokens)
+        else:
+            output = StepOutput([token_id], finish, logprobs, stop_token)
+        if finish:
+            work.is_over = True
+            self._end(work)
+            self._free(work)
+            work.done.set_result(None)
+        work.on_step(output)
