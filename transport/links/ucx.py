@@ -1,0 +1,504 @@
+"""Links over UCX: shared memory, NVLink (cuda_ipc), TCP, and RDMA where the system's UCX has it.
+
+UCX comes from UCXX (`ucxx-cu12`, `ucxx-cu13`), the successor of the archived ucx-py by the same team (RAPIDS); ucx-py cannot be
+installed any more. We use UCXX's core objects and drive them by the worker's event fd: its own asyncio modes spin, this
+engine idles at 0.01 % of a core. The libucx of PyPI has no RDMA; a system or conda UCX does.
+
+- Tags match per worker, not per endpoint, so each side gives the other a connection id and every tag carries it.
+- A message is a rendezvous straight into the posted buffers, from `RNDV_BYTES` on; after the endpoint is closed its late
+  fragments find no request. A smaller one is eager: its fragments are matched by number alone and may come after
+  the close, so it lands in a buffer of ours first.
+- UCX sees kill -9 in milliseconds and a stopped or cut off peer never: `handoff.LinkWatch` does that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+import os
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..base import Buffer, ControlHandler, Done, LostHandler
+from ..base import Link as LinkContract
+from ..errors import LinkLost, TransportError, TransportUnavailable
+from ..frames import FRAME_BYTES_MAX, TAG_BITS
+from .addresses import join_address, split_address
+from .ucp import Operation, Ucp
+
+if TYPE_CHECKING:
+    import ucxx._lib.libucxx as core
+
+log = logging.getLogger(__name__)
+RNDV_BYTES = 16 << 10
+CONTROL_PIECE_BYTES = 8 << 10
+CONTROL_SLOTS = 16  # posted ahead for each link; more pieces wait in UCX
+WATCHDOG_S = 0.03  # UCX and UCXX speak of lost wake-ups; only while something is pending
+TURN_S = 0.002  # of progress, then other work of the loop gets its turn
+CLOSE_S = 1.0
+# Before the first import of ucxx. Reasons and measurements: docs/ucx.md.
+SETTINGS = {
+    "UCX_MM_ERROR_HANDLING": "y",  # else two processes of one host talk over tcp only: 1 GB/s instead of 10
+    "UCX_TCP_TX_SEG_SIZE": "256K",
+    "UCX_TCP_RX_SEG_SIZE": "256K",
+    "UCX_RNDV_FRAG_SIZE": "host:4M,cuda:4M",
+    "UCX_RNDV_THRESH": str(RNDV_BYTES),
+    "UCX_KEEPALIVE_INTERVAL": "1s",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",  # ucxx's own variable makes UCX print a warning to stdout
+}
+_HELLO = struct.Struct("<8sIII12x")
+_MAGIC = b"HOCKET1\0"
+_CONTROL_TAG = 1 << TAG_BITS
+_CONNECTIONS_MAX = 1 << (63 - TAG_BITS)
+
+
+class _Engine:
+    """One UCX context and worker, progressed when its fd says so."""
+
+    def __init__(self) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ucxx._lib.libucxx as core  # Optional, and 0.7 s.
+        except (ImportError, OSError) as error:
+            raise TransportUnavailable(f"ucxx cannot be imported ({error}); install ucxx-cu12 or ucxx-cu13") from error
+        self.core = core
+        self.ucp = Ucp()
+        self.loop = asyncio.get_running_loop()
+        self._context = core.UCXContext({}, (core.Feature.TAG, core.Feature.STREAM, core.Feature.WAKEUP))
+        self.worker = core.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+        self.worker.init_blocking_progress_mode()
+        self._fd = self.worker.epoll_file_descriptor
+        self._completed: deque[Operation] = deque()
+        self._handlers: dict[Operation, Callable[[Operation], None]] = {}
+        self._idle: set[Operation] = set()  # receives that may wait for ever
+        self._greetings: list[tuple[core.UCXRequest, asyncio.Future[None]]] = []
+        self._connections = itertools.count(int.from_bytes(os.urandom(2), "little"))
+        self.links: dict[int, UcxLink] = {}
+        self._is_kicked = False
+        self._watchdog: asyncio.TimerHandle | None = None
+        self.is_closed = False
+        self.loop.add_reader(self._fd, self.pump)
+
+    def new_connection(self) -> int:
+        """A connection id that is in no tag of this worker."""
+        return next(number for n in self._connections if (number := n % _CONNECTIONS_MAX) not in self.links)
+
+    def send(
+        self, endpoint: int, tag: int, buffers: Sequence[Buffer], on_end: Callable[[Operation], None]
+    ) -> Operation:
+        return self._begun(self.ucp.send(endpoint, tag, buffers, self._completed), on_end)
+
+    def receive(
+        self, tag: int, buffers: Sequence[Buffer], on_end: Callable[[Operation], None], *, is_idle: bool = False
+    ) -> Operation:
+        operation = self.ucp.receive(self.worker.handle, tag, buffers, self._completed)
+        if is_idle:
+            self._idle.add(operation)
+        return self._begun(operation, on_end)
+
+    def cancel(self, operation: Operation) -> None:
+        self.ucp.cancel(self.worker.handle, operation)
+        self.kick()
+
+    def greet(self, request: core.UCXRequest) -> asyncio.Future[None]:
+        """Wait for one of UCXX's own requests."""
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._greetings.append((request, future))
+        self.kick()
+        return future
+
+    def kick(self) -> None:
+        """Progress soon; after every submission, because the fd is armed only at the end of a pump."""
+        if not self._is_kicked and not self.is_closed:
+            self._is_kicked = True
+            self.loop.call_soon(self.pump)
+
+    def pump(self) -> None:
+        """Progress, tell what has ended, arm: in this order, or a wake-up is lost."""
+        self._is_kicked = False
+        if self.is_closed:
+            return
+        deadline = time.perf_counter() + TURN_S
+        while self.worker.progress_once() and time.perf_counter() < deadline:
+            pass
+        self._tell()
+        if not self.worker.arm():
+            self.kick()
+        is_pending = len(self._handlers) > len(self._idle) or self._greetings
+        if is_pending and self._watchdog is None:
+            self._watchdog = self.loop.call_later(WATCHDOG_S, self._watch)
+
+    def close(self) -> None:
+        self.loop.remove_reader(self._fd)
+        self.is_closed = True
+        if self._watchdog:
+            self._watchdog.cancel()
+        self._handlers.clear()
+        del self.worker, self._context
+
+    def _begun(self, operation: Operation, on_end: Callable[[Operation], None]) -> Operation:
+        self._handlers[operation] = on_end
+        self.kick()
+        return operation
+
+    def _watch(self) -> None:
+        self._watchdog = None
+        self.pump()
+
+    def _tell(self) -> None:
+        while self._completed:
+            operation = self._completed.popleft()
+            self.ucp.free(operation)
+            self._idle.discard(operation)
+            self._handlers.pop(operation)(operation)
+        if self._greetings:
+            greetings, self._greetings = self._greetings, []
+            for request, future in greetings:
+                if not request.completed:
+                    self._greetings.append((request, future))
+                elif not future.done():
+                    _settle(request, future)
+
+
+def _settle(request: core.UCXRequest, future: asyncio.Future[None]) -> None:
+    try:
+        request.check_error()
+    except Exception as error:  # UCXX has a class for each status and no common base.
+        future.set_exception(LinkLost(str(error)))
+    else:
+        future.set_result(None)
+
+
+@dataclass(eq=False, slots=True)
+class _Posted:
+    """A KV message that has not ended."""
+
+    done: Done
+    total_bytes: int
+    buffers: Sequence[Buffer]
+    bounce: Buffer | None = None
+
+
+class UcxLink:
+    """One endpoint with its two connection ids."""
+
+    def __init__(self, engine: _Engine, endpoint: core.UCXEndpoint, peer: str, mine: int, theirs: int) -> None:
+        self._engine = engine
+        self._endpoint: core.UCXEndpoint | None = endpoint
+        self._handle = endpoint.handle
+        self._peer = peer
+        self._mine = mine
+        self._in_tag, self._out_tag = mine << (TAG_BITS + 1), theirs << (TAG_BITS + 1)
+        self._transport = f"ucx({','.join(engine.ucp.transports(self._handle))})"
+        self._sends: dict[Operation, _Posted] = {}
+        self._receives: dict[Operation, _Posted] = {}
+        self._controls_out: set[Operation] = set()
+        self._controls_in: deque[tuple[Operation, Buffer]] = deque()
+        self._frame = bytearray()
+        self._bytes_received = 0
+        self._error: LinkLost | None = None
+        self._is_over = asyncio.Event()
+        self._is_flushed = asyncio.Event()
+        self._on_control: ControlHandler | None = None
+        self._on_lost: LostHandler | None = None
+        engine.links[mine] = self
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def transport(self) -> str:
+        return self._transport
+
+    @property
+    def bytes_received(self) -> int:
+        return self._bytes_received
+
+    def send_control(self, payload: bytes) -> None:
+        if len(payload) > FRAME_BYTES_MAX:
+            raise ValueError(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
+        self._check_alive()
+        step = CONTROL_PIECE_BYTES - 1
+        for start in range(0, len(payload), step):
+            has_more = start + step < len(payload)
+            piece = np.frombuffer(bytes([has_more]) + payload[start : start + step], np.uint8)
+            tag = self._out_tag | _CONTROL_TAG
+            self._controls_out.add(self._engine.send(self._handle, tag, [piece], self._on_control_sent))
+
+    def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+        self._check_alive()
+        operation = self._engine.send(self._handle, self._out_tag | tag, buffers, self._on_sent)
+        self._sends[operation] = _Posted(done, sum(buffer.nbytes for buffer in buffers), buffers)
+
+    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+        self._check_alive()
+        posted = _Posted(done, sum(buffer.nbytes for buffer in buffers), buffers)
+        if posted.total_bytes < RNDV_BYTES:
+            posted.bounce = np.empty(posted.total_bytes, np.uint8)
+        places = buffers if posted.bounce is None else [posted.bounce]
+        operation = self._engine.receive(self._in_tag | tag, places, self._on_received)
+        self._receives[operation] = posted
+
+    def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
+        self._on_control, self._on_lost = on_control, on_lost
+        if self._error:
+            self._engine.loop.call_soon(on_lost, self._error)
+            return
+        for _ in range(CONTROL_SLOTS):
+            self._post_control()
+        assert self._endpoint
+        try:
+            self._endpoint.set_close_callback(self._on_closed)
+        except RuntimeError:  # It has closed meanwhile.
+            self._on_closed()
+
+    async def abort(self) -> None:
+        self._lose(LinkLost(f"{self._peer} was aborted here"))
+        await self._is_over.wait()
+
+    async def aclose(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                while (self._sends or self._controls_out) and not self._error:
+                    self._is_flushed.clear()
+                    await self._is_flushed.wait()
+        except TimeoutError:
+            pass
+        await self.abort()
+
+    def _check_alive(self) -> None:
+        if self._error or self._engine.is_closed:
+            raise LinkLost(f"{self._peer} is gone") from self._error
+
+    # What UCX reports.
+
+    def _on_closed(self) -> None:
+        """From within progress, where nothing may be submitted."""
+        self._engine.loop.call_soon(self._lose, LinkLost(f"{self._peer} closed the connection"))
+
+    def _on_control_sent(self, operation: Operation) -> None:
+        self._controls_out.discard(operation)
+        if operation.status:
+            self._fail(operation)
+        self._check_over()
+
+    def _on_sent(self, operation: Operation) -> None:
+        posted = self._sends.pop(operation)
+        error = self._fail(operation) if operation.status else None
+        posted.done(error)
+        self._check_over()
+
+    def _on_received(self, operation: Operation) -> None:
+        posted = self._receives.pop(operation, None)
+        if posted is None:
+            return  # Given up at the close; its bytes went to the bounce buffer that was kept for them.
+        posted.done(self._received_error(operation, posted))
+        self._check_over()
+
+    def _received_error(self, operation: Operation, posted: _Posted) -> TransportError | None:
+        if operation.status:
+            return self._fail(operation)
+        if operation.length_bytes != posted.total_bytes:
+            return TransportError(
+                f"{self._peer} sent {operation.length_bytes} B for a receive of {posted.total_bytes} B"
+            )
+        self._bytes_received += posted.total_bytes
+        start = 0
+        for buffer in posted.buffers if posted.bounce is not None else ():
+            assert posted.bounce is not None
+            buffer[:] = posted.bounce[start : start + buffer.nbytes]
+            start += buffer.nbytes
+        return None
+
+    def _fail(self, operation: Operation) -> LinkLost:
+        """An operation that failed takes its link with it."""
+        assert operation.status is not None
+        error = self._error or LinkLost(f"lost {self._peer}: {self._engine.ucp.describe(operation.status)}")
+        if not self._error:
+            self._engine.loop.call_soon(self._lose, error)
+        return error
+
+    # Control frames.
+
+    def _post_control(self) -> None:
+        slot = np.empty(CONTROL_PIECE_BYTES, np.uint8)
+        tag = self._in_tag | _CONTROL_TAG
+        operation = self._engine.receive(tag, [slot], self._on_control_received, is_idle=True)
+        self._controls_in.append((operation, slot))
+
+    def _on_control_received(self, _operation: Operation) -> None:
+        """Pieces match the slots in order but may end out of it."""
+        while self._controls_in and self._controls_in[0][0].status is not None:
+            operation, slot = self._controls_in.popleft()
+            if self._error:
+                continue
+            if operation.status or not operation.length_bytes:
+                self._fail(operation)
+                continue
+            self._post_control()
+            self._bytes_received += operation.length_bytes
+            self._frame += slot[1 : operation.length_bytes].data
+            if len(self._frame) > FRAME_BYTES_MAX:
+                self._lose(LinkLost(f"{self._peer} sent a control frame of more than {FRAME_BYTES_MAX} B"))
+            elif not slot[0]:
+                frame, self._frame = bytes(self._frame), bytearray()
+                assert self._on_control
+                self._on_control(frame)
+        self._check_over()
+
+    # The end.
+
+    def _lose(self, error: LinkLost) -> None:
+        """Close the endpoint and withdraw every receive; the link is over when the last operation has ended."""
+        if self._error:
+            return
+        self._error = error
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            endpoint.remove_close_callback()
+            endpoint.close_blocking()
+        for operation in [*self._receives, *(operation for operation, _ in self._controls_in)]:
+            self._engine.cancel(operation)
+        for operation, posted in list(self._receives.items()):
+            if posted.bounce is not None:
+                del self._receives[operation]
+                posted.done(error)
+        self._engine.kick()
+        self._check_over()
+
+    def _check_over(self) -> None:
+        self._is_flushed.set()
+        if self._error is None or self._is_over.is_set():
+            return
+        if self._sends or self._receives or self._controls_out:
+            return
+        self._is_over.set()
+        del self._engine.links[self._mine]
+        if self._on_lost:
+            self._on_lost(self._error)
+
+
+class UcxListener:
+    def __init__(self, engine: _Engine, host: str, on_link: Callable[[LinkContract], None]) -> None:
+        self._engine = engine
+        self._on_link = on_link
+        self._tasks: set[asyncio.Task[None]] = set()
+
+        def on_endpoint(endpoint: core.UCXEndpoint) -> None:
+            engine.loop.call_soon(self._accept, endpoint)
+
+        self._listener = engine.core.UCXListener.create(
+            worker=engine.worker, port=0, cb_func=on_endpoint, deliver_endpoint=True
+        )
+        self._address = join_address("ucx", host, self._listener.port)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    async def aclose(self) -> None:
+        self._listener = None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _accept(self, endpoint: core.UCXEndpoint) -> None:
+        task = self._engine.loop.create_task(self._greet(endpoint), name="ucx-accept")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _greet(self, endpoint: core.UCXEndpoint) -> None:
+        try:
+            link = await _greet(self._engine, endpoint, "ucx://dialler", timeout_s=CLOSE_S)
+        except LinkLost as error:
+            log.warning("did not accept a connection: %s", error)
+            return
+        self._on_link(link)
+
+
+async def _greet(engine: _Engine, endpoint: core.UCXEndpoint, peer: str, *, timeout_s: float) -> UcxLink:
+    """Exchange connection ids over the endpoint's stream, which unlike tags belongs to the endpoint."""
+    mine = engine.new_connection()
+    out = np.frombuffer(bytearray(_HELLO.pack(_MAGIC, mine, RNDV_BYTES, CONTROL_PIECE_BYTES)), np.uint8)
+    arrived = np.zeros(_HELLO.size, np.uint8)
+    array = functools.partial(_array, engine)
+    try:
+        async with asyncio.timeout(timeout_s):
+            sent = engine.greet(endpoint.stream_send(array(out)))
+            received = engine.greet(endpoint.stream_recv(array(arrived)))
+            await sent
+            await received
+        magic, theirs, rndv_bytes, piece_bytes = _HELLO.unpack(arrived.tobytes())
+        if (magic, rndv_bytes, piece_bytes) != (_MAGIC, RNDV_BYTES, CONTROL_PIECE_BYTES) or theirs >= _CONNECTIONS_MAX:
+            raise LinkLost(f"{peer} speaks another version")
+    except BaseException as error:
+        endpoint.close_blocking()
+        engine.kick()
+        if isinstance(error, TimeoutError):
+            raise LinkLost(f"no answer from {peer} within {timeout_s} s") from error
+        raise
+    return UcxLink(engine, endpoint, peer, mine, theirs)
+
+
+def _array(engine: _Engine, buffer: Buffer) -> object:
+    from ucxx._lib.arr import Array  # Optional.
+
+    return Array(buffer)
+
+
+class UcxTransport:
+    """UCX through UCXX."""
+
+    scheme = "ucx"
+
+    def __init__(self) -> None:
+        self._engine: _Engine | None = None
+
+    async def start(self) -> None:
+        """Raises TransportUnavailable when UCXX is missing or UCX does not start."""
+        try:
+            self._engine = _Engine()
+        except RuntimeError as error:
+            raise TransportUnavailable(f"UCX did not start: {error}") from error
+
+    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> UcxListener:
+        """UCXX's listener takes connections on every interface; `host` is only what the address says."""
+        return UcxListener(self._running(), host, on_link)
+
+    async def connect(self, address: str, *, timeout_s: float) -> UcxLink:
+        """Raises LinkLost when nobody answers in time, ValueError when the address is not of this scheme."""
+        engine = self._running()
+        host, port = split_address(address, "ucx")
+        deadline = engine.loop.time() + timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                found = await engine.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            endpoint = engine.core.UCXEndpoint.create(engine.worker, str(found[0][4][0]), port, True)
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise LinkLost(f"no way to {address}: {error or 'timeout'}") from error
+        engine.kick()
+        return await _greet(engine, endpoint, address, timeout_s=deadline - engine.loop.time())
+
+    async def aclose(self) -> None:
+        if self._engine:
+            for link in list(self._engine.links.values()):
+                await link.abort()
+            self._engine.close()
+            self._engine = None
+
+    def _running(self) -> _Engine:
+        if self._engine is None:
+            raise TransportUnavailable("ucx was not started")
+        return self._engine
