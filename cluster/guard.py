@@ -20,7 +20,7 @@ POLL_S = 0.05
 
 
 def members(leaders: Iterable[int]) -> set[int]:
-    """Every living process of these leaders' sessions, and every descendant of one (it may have left the session)."""
+    """Every living process of these leaders' sessions, and the descendants of those that left the session."""
     wanted = set(leaders)
     parents: dict[int, int] = {}
     found: set[int] = set()
@@ -57,13 +57,11 @@ def signal_all(pids: Iterable[int], number: int) -> None:
 def end_sessions(leaders: set[int], grace_s: float) -> None:
     """SIGTERM to the leaders (they know how to stop what they started), after `grace_s` SIGKILL to all that is left."""
     signal_all(leaders & members(leaders), signal.SIGTERM)
-    known = members(leaders)
     end_s = time.monotonic() + grace_s
-    # Descendants that left their session are only seen while their parent lives: remember all that was ever seen.
-    while time.monotonic() < end_s and (alive := members(leaders)):
-        known |= alive
+    while time.monotonic() < end_s and members(leaders):
         time.sleep(POLL_S)
-    signal_all(members(leaders | known), signal.SIGKILL)
+    for _ in range(2):  # A second look: a process may start another one between the look and the signal.
+        signal_all(members(leaders), signal.SIGKILL)
 
 
 def main() -> None:

