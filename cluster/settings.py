@@ -75,12 +75,13 @@ class Setting:
                 return "an object (JSON)"
         return "a list of tables"
 
-    def read(self, value: object, where: str) -> object:
-        """The typed value; text (from a flag or a variable) is read as what the field is. Raises SettingsError."""
+    def read(self, value: object, where: str, *, is_text: bool = False) -> object:
+        """The typed value; with `is_text` (a flag, a variable) it is read as what the field is. Raises SettingsError."""
         try:
-            if isinstance(value, str) and isinstance(self.shape, inspect.DictType):
-                value = msgspec.json.decode(value)
-            read = msgspec.convert(value, self.type, strict=not isinstance(value, str))
+            raw = value
+            if is_text and isinstance(value, str) and isinstance(self.shape, inspect.DictType):
+                raw = msgspec.json.decode(value)
+            read = msgspec.convert(raw, self.type, strict=not is_text)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise SettingsError(f"{where}: {value!r} is not {self.expected}") from error
         if isinstance(read, float) and not math.isfinite(read):
@@ -168,9 +169,9 @@ def resolve(
     values: dict[str, object] = {}
     for setting in settings:
         if setting.name in flags:
-            values[setting.name] = setting.read(flags[setting.name], setting.flag)
+            values[setting.name] = setting.read(flags[setting.name], setting.flag, is_text=True)
         elif setting.variable in environ:
-            values[setting.name] = setting.read(environ[setting.variable], setting.variable)
+            values[setting.name] = setting.read(environ[setting.variable], setting.variable, is_text=True)
         elif setting.name in file:
             values[setting.name] = setting.read(file[setting.name], f"{where}: {setting.name}")
     return values
