@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -158,6 +159,7 @@ def _router(options: argparse.Namespace) -> int:
     values = _given(options, [*ROUTER, *COMMON])
     log_level = _pop_log_level(values)
     config = msgspec.convert(values, RouterConfig)
+    cluster.check_names(pool=config.pool, router_id=config.router_id)
     return _run_process(
         log_level, config.model, lambda model: _run_router(msgspec.structs.replace(config, model=model))
     )
@@ -167,6 +169,7 @@ def _worker(options: argparse.Namespace) -> int:
     values = _given(options, [*WORKER, *COMMON])
     log_level = _pop_log_level(values)
     config = msgspec.convert({**values, "role": options.role}, WorkerConfig)
+    cluster.check_names(pool=config.pool, worker_id=config.worker_id)
     return _run_process(
         log_level, config.model, lambda model: _run_worker(msgspec.structs.replace(config, model=model))
     )
@@ -212,6 +215,7 @@ def _run_process(log_level: str, model: str, run: Callable[[str], Coroutine[obje
 def _model(options: argparse.Namespace) -> int:
     from .model import ModelError, resolve_model
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that pip and the conversion end with it.
     try:
         print(resolve_model(options.name))
     except ModelError as error:

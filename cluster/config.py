@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from ..bus.subjects import token
 from ..router.config import RouterConfig
 from ..workers.config import WorkerConfig
 from .settings import Setting, SettingsError, refuse_unknown, resolve, settings_of
@@ -95,6 +96,7 @@ def plan_from(
     every = resolve(EVERY_WORKER, flags=flags, environ=environ, file=worker_table, where=f"{where} [worker]")
     routers = resolve(THE_ROUTER, flags=flags, environ=environ, file=router_table, where=f"{where} [router]")
     serve = msgspec.convert(given, ServeConfig)
+    check_names(pool=serve.pool)
     shared = {name: getattr(serve, name) for name in ("pool", "model", "served_name", "grace_s")}
     router = msgspec.convert(
         {**routers, **shared, "host": serve.host, "port": serve.port, "router_id": "router"}, RouterConfig
@@ -102,6 +104,15 @@ def plan_from(
     base = {**every, **shared, "engine": serve.engine, "transports": serve.transports}
     tables = _worker_tables(file.get("workers", []), given, where)
     return Plan(serve, router, _worker_specs(base, tables))
+
+
+def check_names(**names: str) -> None:
+    """Raises SettingsError for a name that cannot be part of a bus subject; "" is none."""
+    for setting, name in names.items():
+        try:
+            token(name or "none")
+        except ValueError as error:
+            raise SettingsError(f"{setting}: {error}") from error
 
 
 def _table(file: Mapping[str, object], name: str, settings: Sequence[Setting], where: str) -> Mapping[str, object]:

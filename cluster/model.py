@@ -49,7 +49,7 @@ def resolve_model(name: str, *, say: Say = say_on_stderr) -> Path:
     if name == "demo":
         return ensure_demo_model(say=say)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json; a Hugging Face model folder is needed")
         return folder.resolve()

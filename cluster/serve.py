@@ -8,17 +8,20 @@ import importlib.metadata
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
+from ..bus.base import BusError
+from ..bus.server import EmbeddedServer
 from .config import Plan, WorkerSpec, share_cores, state_folder
 from .model import resolve_model
 from .runner import ChildPlan, Console, ReadyLines, Runner
@@ -28,6 +31,7 @@ from .supervision import Limits
 _WORKER_STOP_S = 3.0
 _ROUTER_STOP_S = 1.5
 _NATS_STOP_S = 1.5
+_SERVER_DEATHS_MAX = 5
 _READY_POLL_S = 0.1
 _PROMPT = "Tell me in two sentences why the sky is blue during the day."
 
@@ -40,9 +44,12 @@ def serve(plan: Plan) -> int:
     """Run the cluster until Ctrl-C or SIGTERM. Returns the exit code. Raises ServeError or ModelError."""
     folder = state_folder(plan.serve)
     console = Console(plan.serve.log_level)
+    # Until the loop takes over, SIGTERM ends what is under way (a model being fetched) like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _locked(folder):
-        model = resolve_model(plan.serve.model, say=console.say)
-        return asyncio.run(_Cluster(plan, model, folder, console).run())
+        names = {plan.serve.model, *(spec.config.model for spec in plan.workers)}
+        models = {name: resolve_model(name, say=console.say) for name in sorted(names)}
+        return asyncio.run(_Cluster(plan, models, folder, console).run())
 
 
 @contextmanager
@@ -63,30 +70,52 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class _Cluster:
-    def __init__(self, plan: Plan, model: Path, folder: Path, console: Console) -> None:
+    def __init__(self, plan: Plan, models: Mapping[str, Path], folder: Path, console: Console) -> None:
         self._plan = plan
-        self._model = model
-        self._served_name = plan.serve.served_name or model.name
+        self._models = models
+        self._served_name = plan.serve.served_name or models[plan.serve.model].name
         self._folder = folder
         self._console = console
         self._started_s = time.monotonic()
 
     async def run(self) -> int:
-        serve = self._plan.serve
-        if serve.nats:
-            return await self._run_on(serve.nats)
-        raise ServeError("not yet")
+        if self._plan.serve.nats:
+            return await self._runner(self._plan.serve.nats).run(self._announce)
+        server = EmbeddedServer(self._folder / "nats")
+        try:
+            await server.start()
+        except BusError as error:
+            raise ServeError(f"cannot start nats-server: {error}") from error
+        try:
+            self._console.say(f"nats-server is ready on {server.address}")
+            runner = self._runner(server.url)
+            async with asyncio.TaskGroup() as tasks:
+                keeper = tasks.create_task(self._keep_alive(server, runner))
+                exit_code = await runner.run(self._announce)
+                keeper.cancel()
+            return exit_code
+        finally:
+            await _stop_server(server)
 
-    async def _run_on(self, nats_url: str) -> int:
-        grace_s = self._plan.serve.grace_s
-        limits = Limits(
-            start_timeout_s=self._plan.serve.start_timeout_s,
-            stop_s=(grace_s + _WORKER_STOP_S, _ROUTER_STOP_S),
-        )
+    async def _keep_alive(self, server: EmbeddedServer, runner: Runner) -> None:
+        """Start the server again when it dies: same port and store, so the processes and their jobs come through it."""
+        for _ in range(_SERVER_DEATHS_MAX):
+            ending = await server.wait_exit()
+            self._console.say(f"{ending}; starting it again")
+            try:
+                await server.start()
+            except BusError as error:
+                runner.fail(f"nats-server cannot be started again: {error}")
+                return
+        runner.fail(f"nats-server died {_SERVER_DEATHS_MAX} times; {await server.wait_exit()}")
+
+    def _runner(self, nats_url: str) -> Runner:
+        serve = self._plan.serve
+        limits = Limits(start_timeout_s=serve.start_timeout_s, stop_s=(serve.grace_s + _WORKER_STOP_S, _ROUTER_STOP_S))
         plans = [*self._worker_plans(nats_url), self._router_plan(nats_url)]
         logs = self._folder / "logs"
         self._console.say(f"starting {', '.join(plan.name for plan in plans)}; logs in {logs}")
-        return await Runner(plans, limits, logs=logs, console=self._console).run(self._announce)
+        return Runner(plans, limits, logs=logs, console=self._console)
 
     def _worker_plans(self, nats_url: str) -> list[ChildPlan]:
         specs = list(self._plan.workers)
@@ -95,7 +124,7 @@ class _Cluster:
         return [self._worker_plan(spec, nats_url) for spec in specs]
 
     def _worker_plan(self, spec: WorkerSpec, nats_url: str) -> ChildPlan:
-        model = self._model if spec.config.model == self._plan.serve.model else resolve_model(spec.config.model)
+        model = self._models[spec.config.model]
         config = msgspec.structs.replace(spec.config, nats=nats_url, model=str(model), served_name=self._served_name)
         command = [*_COMMAND, "worker", spec.config.role, "--config", "-"]
         settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
@@ -106,7 +135,7 @@ class _Cluster:
         config = msgspec.structs.replace(
             self._plan.router,
             nats=nats_url,
-            model=str(self._model),
+            model=str(self._models[self._plan.serve.model]),
             served_name=self._served_name,
             grace_s=min(self._plan.router.grace_s, 1.0),  # It stops after the workers: no stream can go on.
         )
@@ -135,6 +164,16 @@ class _Cluster:
 
 
 _COMMAND = (sys.executable, "-m", "hocket.cluster.cli")
+
+
+async def _stop_server(server: EmbeddedServer) -> None:
+    """It has no clients left, so it ends in milliseconds; one that hangs is killed."""
+    try:
+        async with asyncio.timeout(_NATS_STOP_S):
+            await server.stop()
+    except TimeoutError:
+        os.kill(server.pid, signal.SIGKILL)
+        await server.stop()
 
 
 def _computes_on_cpu() -> bool:
