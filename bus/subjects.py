@@ -77,3 +77,18 @@ def tokens(router: RouterId) -> str:
 def events(router: RouterId) -> str:
     """PrefillClaimed, PrefillDone, PrefillFailed to one router."""
     return f"{ROOT}.evt.{token(router)}"
+
+
+def under(subject: str, *names: str) -> str:
+    """A subject below one of ours: an inbox for each of many peers, say."""
+    return ".".join((subject, *map(token, names)))
+
+
+def all_under(subject: str) -> str:
+    """Every subject one token below."""
+    return f"{subject}.*"
+
+
+def last_token(subject: str) -> str:
+    """The last token: whom a subject made by `under` stands for."""
+    return subject.rpartition(".")[2]
