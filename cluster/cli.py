@@ -40,7 +40,9 @@ class _Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **options})  # type: ignore[arg-type]  # argparse passes its own options through.
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]  # As argparse has it.
+    def parse_known_args(  # type: ignore[override]  # argparse overloads it over the namespace's type; ours has one.
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """A flag is refused by the command it was given to, which knows its own flags best."""
         options, extra = super().parse_known_args(args, namespace)
         if extra:
@@ -206,7 +208,8 @@ def _run_process(log_level: str, model: str, run: Callable[[str], Coroutine[obje
     except ModelError as error:
         return _refuse(error, 1)
     try:
-        return uvloop.run(run(str(folder)))
+        exit_code: int = uvloop.run(run(str(folder)))
+        return exit_code
     except Exception:
         logging.getLogger("hocket.cluster.cli").exception("ended by a failure that was not expected")
         return 1
