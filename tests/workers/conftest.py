@@ -1,115 +1,24 @@
-"""Simulators in pairs, on in-process links, with the bookkeeping that shows a leak."""
+"""Fixtures for the tests of the workers."""
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from hocket.bus.messages import SamplingParams
-from hocket.transport.base import HandoffKey
+sys.path.insert(0, str(Path(__file__).parent))  # For `workers_rig`: with import-mode=importlib nothing else adds it.
+
+from workers_rig import PairMaker, SimPair, sim_config
+
 from hocket.transport.links.inproc import InprocFaults, InprocTransport
-from hocket.workers.config import WorkerConfig
-from hocket.workers.engines.base import DecodeTask, EngineInfo, PrefillTask, StepOutput
 from hocket.workers.engines.sim.engine import SimEngine
-from hocket.workers.engines.sim.kv import expected_tokens
-
-VOCABULARY = range(1000)
-LAYERS = 3
-
-
-def sim_config(role: str, **changes: object) -> WorkerConfig:
-    """A fast simulator; `changes` are fields of WorkerConfig."""
-    settings: dict[str, object] = {
-        "role": role,
-        "engine": "sim",
-        "model": "sim",
-        "transports": "inproc",
-        "slots": 8,
-        "block_tokens": 8,
-        "kv_blocks": 256,
-        "chunk_tokens": 64,
-        "sim_layers": LAYERS,
-        "sim_vocab": len(VOCABULARY),
-        "sim_itl_ms": 0.0,
-        "sim_prefill_ms_per_token": 0.0,
-        "handoff_timeout_s": 10.0,
-        "grace_s": 2.0,
-        "heartbeat_s": 0.1,
-    }
-    return WorkerConfig(**(settings | changes))  # type: ignore[arg-type]  # msgspec checks the values
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(VOCABULARY, k=length)
-
-
-def right_answer(token_ids: list[int], sampling: SamplingParams) -> list[int]:
-    return expected_tokens(token_ids, sampling, layers=LAYERS, vocabulary=VOCABULARY)
-
-
-@dataclass
-class SimPair:
-    """One prefill and one decode simulator. `epoch` is the decode side's."""
-
-    prefill: SimEngine
-    decode: SimEngine
-    info: EngineInfo
-    faults: InprocFaults
-    epoch: int = 7
-    outputs: dict[str, list[StepOutput]] = field(default_factory=dict)
-
-    def prefill_task(self, token: bytes, token_ids: list[int], *, attempt: int = 1, delivery: int = 1) -> PrefillTask:
-        return PrefillTask(
-            request_id=token.hex(),
-            key=HandoffKey(token, attempt, delivery),
-            token_ids=token_ids,
-            decode_addresses=self.info.handoff_addresses,
-            decode_epoch=self.epoch,
-            fingerprint=self.info.fingerprint,
-            timeout_s=5.0,
-        )
-
-    async def answer(
-        self, token_ids: list[int], sampling: SamplingParams, *, token: bytes | None = None, timeout_s: float = 5.0
-    ) -> list[int]:
-        """Decode alone, or with somebody's prefill for `token`."""
-        made: list[StepOutput] = []
-        task = DecodeTask(
-            request_id=(token or b"local").hex(),
-            attempt=1,
-            token_ids=token_ids,
-            sampling=sampling,
-            handoff_token=token,
-            handoff_timeout_s=timeout_s,
-        )
-        self.outputs[task.request_id] = made
-        await self.decode.decode(task, made.append)
-        return [token_id for output in made for token_id in output.token_ids]
-
-    async def hand_over(self, token_ids: list[int], sampling: SamplingParams, token: bytes) -> list[int]:
-        async with asyncio.TaskGroup() as tasks:
-            answer = tasks.create_task(self.answer(token_ids, sampling, token=token))
-            tasks.create_task(self.prefill.prefill(self.prefill_task(token, token_ids)))
-        return answer.result()
-
-    def assert_no_leak(self) -> None:
-        for engine in (self.prefill, self.decode):
-            load = engine.load()
-            assert (load.running, load.waiting) == (0, 0)
-            assert load.kv_blocks_free == engine.kv.pool.blocks
-            assert engine.endpoint.stats.receiving == engine.endpoint.stats.sending == 0
-
-
-PairMaker = Callable[..., "asyncio.Future[SimPair]"]
 
 
 @pytest.fixture
-async def sim_pair() -> AsyncIterator[Callable[..., object]]:
+async def sim_pair() -> AsyncIterator[PairMaker]:
     """`await sim_pair(**changes)` makes a pair; after the test nothing may be left in it."""
     async with AsyncExitStack() as stack:
         pairs: list[SimPair] = []
@@ -118,9 +27,8 @@ async def sim_pair() -> AsyncIterator[Callable[..., object]]:
             faults = InprocFaults()
             engines = []
             for role in ("decode", "prefill"):
-                engine = SimEngine(
-                    sim_config(role, **changes), worker_id=role, epoch=7, transports=[InprocTransport(faults)]
-                )
+                config = sim_config(role, **changes)
+                engine = SimEngine(config, worker_id=role, epoch=7, transports=[InprocTransport(faults)])
                 stack.push_async_callback(engine.aclose)
                 engines.append(engine)
             decode, prefill = engines
@@ -131,4 +39,4 @@ async def sim_pair() -> AsyncIterator[Callable[..., object]]:
 
         yield make
         for pair in pairs:
-            pair.assert_no_leak()
+            await pair.settled()

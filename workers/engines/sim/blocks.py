@@ -55,7 +55,10 @@ class BlockPool:
         block_hash = self._hash_of.pop(block, None)
         if block_hash is not None:
             del self._block_of[block_hash]
-            self._events.append(BlockRemoved([block_hash]))
+            if self._events and isinstance(last := self._events[-1], BlockRemoved):
+                last.hashes.append(block_hash)
+            else:
+                self._events.append(BlockRemoved([block_hash]))
         return block
 
     def release(self, blocks: Sequence[int]) -> None:
