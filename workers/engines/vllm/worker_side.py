@@ -1,0 +1,239 @@
+"""The connector beside the KV tensors: turns vLLM's worker hooks into calls of the hand-off endpoint, and its ends into ids.
+
+All hooks come on the worker's main thread, in the order in which `WorkerSide` lists them, and none of them waits, except for
+`preempted`. The endpoint lives on a thread of its own; what it reports is kept under a lock until the next hook takes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ParamSpec
+
+from ....transport.base import Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
+from ....transport.endpoint import HandoffEndpoint
+from ....transport.errors import TransportError
+from ....transport.registry import open_transports
+from ....transport.thread import EndpointThread
+from .kv_tensors import ModelFacts, pool_of
+from .scheduler import Open, Push, Receive, StepPlan
+from .side_channel import AbortSend, ConnectorEnd, Note, Ready, ReceiveEnded, SendEnded
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+PREEMPTION_TIMEOUT_S = 10.0  # Twice what the endpoint takes to drop a link that does not answer.
+TIMEOUT_MIN_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffSettings:
+    """How this worker takes part in hand-offs; from `kv_connector_extra_config`."""
+
+    is_decode: bool
+    transports: str
+    bind: str
+    worker_id: str
+    epoch: int
+
+
+@dataclass(slots=True)
+class StepResults:
+    """What is over since the last step, all of one moment."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    bad_blocks: set[int] = field(default_factory=set)
+
+
+class WorkerSide:
+    """One instance in each vLLM worker process."""
+
+    def __init__(self, settings: HandoffSettings, channel: str) -> None:
+        self._settings = settings
+        self._channel = ConnectorEnd(channel, "worker", self._on_note)
+        self._thread: EndpointThread | None = None
+        self._layer_index: dict[str, int] = {}
+        self._pushed_keys: list[HandoffKey] = []  # of this step
+        self._layers_done: set[int] = set()  # in this step
+        self._senders: set[str] = set()  # opened and not yet reported
+        self._finished: set[str] = set()  # senders whose request has ended
+        self._lock = threading.Lock()
+        self._released: set[str] = set()
+        self._release_of: dict[HandoffKey, threading.Event] = {}
+        self._results = StepResults()
+
+    @property
+    def channel(self) -> ConnectorEnd:
+        return self._channel
+
+    def register(self, tensors: Mapping[str, torch.Tensor], facts: ModelFacts) -> None:
+        """The KV cache exists: start the endpoint over it. Raises UnfitKv, TransportError, ValueError."""
+        pool = pool_of(tensors, facts)
+        self._layer_index = {name: index for index, name in enumerate(pool.layout.layer_names)}
+        settings = self._settings
+
+        def make() -> HandoffEndpoint:
+            return HandoffEndpoint(
+                pool,
+                open_transports(settings.transports),
+                worker_name=settings.worker_id,
+                epoch=settings.epoch,
+                bind_host=settings.bind,
+                listens=settings.is_decode,
+            )
+
+        self._thread = EndpointThread(make)
+        addresses = self._thread.start()
+        self._channel.send(Ready(addresses, pool.layout, pool.blocks))
+
+    # The hooks of a step, in their order.
+
+    def preempted(self, plan: StepPlan) -> None:
+        """Returns when nothing reads the blocks of these hand-offs. Raises TimeoutError rather than send foreign KV."""
+        deadline_s = time.monotonic() + PREEMPTION_TIMEOUT_S
+        with self._lock:
+            waits = [(key, event) for key in plan.preempted if (event := self._release_of.get(key))]
+        for key, _ in waits:
+            self._call(self._endpoint.abort, key, "preempted")
+        for key, event in waits:
+            if not event.wait(max(0.0, deadline_s - time.monotonic())):
+                raise TimeoutError(f"hand-off {key.token.hex()} still reads preempted blocks")
+
+    def begin(self, plan: StepPlan) -> None:
+        """Before the forward pass."""
+        for receive in plan.receives:
+            self._expect(receive)
+        for token in plan.cancels:
+            self._call(self._endpoint.cancel, token)
+        for order in plan.opens:
+            self._open(order)
+        for key, reason in plan.aborts:
+            self._call(self._endpoint.abort, key, reason)
+        for push in plan.pushes:
+            self._call(_announce, self._endpoint, push)
+        self._pushed_keys = [push.key for push in plan.pushes]
+        self._layers_done = set()
+
+    def layer_saved(self, name: str) -> None:
+        """The attention of this layer has run: its KV of this step is in memory."""
+        index = self._layer_index.get(name)
+        if self._pushed_keys and index is not None:
+            self._layer_done(index)
+
+    def all_saved(self) -> None:
+        """The forward pass is over; the layers whose hook did not run (full CUDA graphs) are done as well."""
+        if not self._pushed_keys:
+            return
+        for index in range(len(self._layer_index)):
+            self._layer_done(index)
+        self._pushed_keys = []
+
+    def results(self, finished_ids: set[str]) -> StepResults:
+        """A request is reported as sent once it has ended and nothing reads its blocks; as received once none is written."""
+        self._finished |= finished_ids & self._senders
+        with self._lock:
+            results, self._results = self._results, StepResults()
+            results.sent = self._released & self._finished
+            self._released -= results.sent
+        self._finished -= results.sent
+        self._senders -= results.sent
+        return results
+
+    def stop(self) -> None:
+        """Drop every hand-off."""
+        if self._thread:
+            self._thread.stop()
+        self._channel.close()
+
+    # From the hooks to the endpoint's thread.
+
+    @property
+    def _endpoint(self) -> HandoffEndpoint:
+        assert self._thread is not None, "hooks come after register"
+        return self._thread.endpoint
+
+    def _call(self, fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        assert self._thread is not None, "hooks come after register"
+        self._thread.call(fn, *args, **kwargs)
+
+    def _layer_done(self, index: int) -> None:
+        if index in self._layers_done:
+            return
+        self._layers_done.add(index)
+        self._call(_tell_ready, self._endpoint, self._pushed_keys, index)
+
+    def _expect(self, receive: Receive) -> None:
+        timeout_s = max(TIMEOUT_MIN_S, receive.deadline_s - time.monotonic())
+        expectation = Expectation(receive.token, receive.attempt, receive.first_block, receive.block_ids, timeout_s)
+
+        def expect() -> None:
+            try:
+                self._endpoint.expect(expectation, lambda end: self._on_receive_end(receive, end))
+            except (ValueError, IndexError, TransportError) as error:
+                log.warning("cannot expect a hand-off: %s", error)
+                self._on_receive_end(receive, ReceiveEnd(receive.token, False, 0, 0, "refused"))
+
+        self._call(expect)
+
+    def _open(self, order: Open) -> None:
+        timeout_s = max(TIMEOUT_MIN_S, order.deadline_s - time.monotonic())
+        send = SendOrder(order.key, order.addresses, order.decode_epoch, order.fingerprint, order.blocks, timeout_s)
+        self._senders.add(order.request_id)
+        with self._lock:
+            self._release_of[order.key] = threading.Event()
+
+        def open_order() -> None:
+            try:
+                self._endpoint.open(send, lambda event: self._on_send_event(order, event))
+            except (ValueError, TransportError) as error:
+                log.warning("cannot open a hand-off: %s", error)
+                self._on_send_event(order, SendReleased(order.key))
+                self._on_send_event(order, SendEnd(order.key, False, 0, f"refused:{error}"))
+
+        self._call(open_order)
+
+    # On the endpoint's thread.
+
+    def _on_receive_end(self, receive: Receive, end: ReceiveEnd) -> None:
+        # The front end first: it must know before the request's first token can reach it.
+        self._channel.send(
+            ReceiveEnded(end.token, end.is_landed, receive.first_block, end.good_blocks, end.kv_bytes, end.reason)
+        )
+        with self._lock:
+            self._results.received.add(receive.request_id)
+            if not end.is_landed:
+                self._results.bad_blocks.update(receive.block_ids[end.good_blocks :])
+
+    def _on_send_event(self, order: Open, event: SendReleased | SendEnd) -> None:
+        if isinstance(event, SendEnd):
+            self._channel.send(SendEnded(event.key, event.is_landed, event.kv_bytes, event.reason))
+            return
+        with self._lock:
+            self._released.add(order.request_id)
+            if released := self._release_of.pop(order.key, None):
+                released.set()
+
+    # On the side channel's thread.
+
+    def _on_note(self, note: Note) -> None:
+        if isinstance(note, AbortSend) and self._thread:
+            self._call(self._endpoint.abort, note.key, note.reason)
+
+
+def _tell_ready(endpoint: HandoffEndpoint, keys: list[HandoffKey], layer: int) -> None:
+    for key in keys:
+        endpoint.layer_ready(key, layer)
+
+
+def _announce(endpoint: HandoffEndpoint, push: Push) -> None:
+    try:
+        endpoint.announce(push.key, push.chunk)
+    except (ValueError, IndexError):
+        log.exception("gave a hand-off up")
+        endpoint.abort(push.key, "bad_chunk")
