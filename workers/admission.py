@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..bus.messages import Admitted, DecodeJob, Refused, WorkerCard
+from ..bus.subjects import token
 from .attempts import RecentAttempts
 
 RETRY_AFTER_S = 1.0  # a slot comes free after about one answer; the router tries another worker before it waits
@@ -81,6 +82,10 @@ class Admission:
         prompt_tokens, odd_bytes = divmod(len(job.token_ids), 4)
         if odd_bytes or not prompt_tokens:
             return "bad_job", f"{len(job.token_ids)} bytes are no prompt of 4-byte token ids"
+        try:
+            token(job.router_id)
+        except ValueError as error:
+            return "bad_job", f"no router can have this id: {error}"
         if prompt_tokens >= self._card.max_model_len:
             return "too_long", f"{prompt_tokens} prompt tokens leave no room in {self._card.max_model_len}"
         if job.time_left_s <= 0:

@@ -212,34 +212,31 @@ class PrefillWorker:
         self._wall_clock = wall_clock
         self._intake = PrefillIntake(card)
         self._runs: dict[tuple[str, int], _Run] = {}
-        self._subscriptions: list[Subscription] = []
         self._pulling: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self.listening = asyncio.Event()
         self.throughput = Throughput()
         self.counts = PrefillCounts()
 
-    async def start(self) -> None:
-        """Listen; jobs are pulled by `run`."""
-        direct = subjects.prefill_direct(self._pool, self._card.worker_id)
-        self._subscriptions = [
-            await self._bus.subscribe(subjects.cancel(self._pool), self._on_cancel),
-            await self._bus.subscribe(direct, self._on_direct),
-        ]
-
     async def run(self) -> None:
         """Serve until cancelled; then every job that is held is given back. Raises EngineDead."""
+        subscriptions: list[Subscription] = []
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                direct = subjects.prefill_direct(self._pool, self._card.worker_id)
+                subscriptions.append(await self._bus.subscribe(subjects.cancel(self._pool), self._on_cancel))
+                subscriptions.append(await self._bus.subscribe(direct, self._on_direct))
                 for slot in range(self._card.slots):
                     self._pulling.add(self._tasks.create_task(self._slot(), name=f"slot {slot}"))
+                self.listening.set()
                 await asyncio.Event().wait()
         except* EngineDead as errors:
             raise EngineDead(str(errors.exceptions[0])) from errors
         finally:
-            self._tasks = None
-            for subscription in self._subscriptions:
+            self._intake.is_draining = True
+            for subscription in subscriptions:
                 await subscription.unsubscribe()
 
     async def drain(self) -> None:

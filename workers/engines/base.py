@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ...bus.messages import KvEvent, SamplingParams, TokenLogprob
 from ...transport.base import HandoffKey
@@ -97,7 +97,9 @@ class StepOutput:
     finish: int = 0  # messages.FINISH_*; the last output of a task has one that is not FINISH_NONE
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each token when asked for
     stop_token: int | None = None
-    computed_tokens: int | None = None  # with the first token: prompt tokens computed here (1 after a complete hand-off)
+    computed_tokens: int | None = (
+        None  # with the first token: prompt tokens computed here (1 after a complete hand-off)
+    )
     cached_tokens: int | None = None  # with the first token: prompt tokens found in this engine's prefix cache
 
 
@@ -126,3 +128,21 @@ class Engine(Protocol):
 
     async def aclose(self) -> None:
         """Leave no process behind. Bounded (5 s), also after a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffCounts:
+    """Since the engine's start, by outcome ("landed" or the reason); `transports` are what its open links move bytes with."""
+
+    received: Mapping[str, int]
+    sent: Mapping[str, int]
+    kv_bytes_received: int
+    kv_bytes_sent: int
+    transports: tuple[str, ...]
+
+
+@runtime_checkable
+class CountsHandoffs(Protocol):
+    """What an engine may have besides, for the metrics."""
+
+    def handoff_counts(self) -> HandoffCounts: ...

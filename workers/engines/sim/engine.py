@@ -20,6 +20,7 @@ from ..base import (
     EngineError,
     EngineInfo,
     EngineLoad,
+    HandoffCounts,
     HandoffFailed,
     PrefillOutcome,
     PrefillTask,
@@ -124,6 +125,17 @@ class SimEngine:
 
     def on_kv_events(self, handler: Callable[[list[KvEvent]], None]) -> None:
         self._handlers.append(handler)
+
+    def handoff_counts(self) -> HandoffCounts:
+        """For the metrics."""
+        stats = self.endpoint.stats
+        return HandoffCounts(
+            received=stats.received,
+            sent=stats.sent,
+            kv_bytes_received=stats.kv_bytes_received,
+            kv_bytes_sent=stats.kv_bytes_sent,
+            transports=tuple(stats.links.values()),
+        )
 
     async def failed(self) -> EngineDead:
         await self._is_dead.wait()
