@@ -53,14 +53,16 @@ $(VENV)/.requirements-installed: requirements/cpu.lock
 	@echo "building $(VENV) with $$($(PYTHON) --version) (a few minutes, 3 GB)"
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PIP_INSTALL) --no-deps -r requirements/cpu.lock
-	@# torch: the CPU build from PyTorch's index where that answers, else whatever the configured index has (with its libraries).
+	@# torch: the CPU build from PyTorch's index where that answers, else whatever the configured index has, which may be the
+	@# CUDA build: that one does not import without its libraries.
 	@if $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
 		echo "torch $(TORCH) from $(TORCH_CPU_INDEX)"; \
 		$(PIP_INSTALL) --no-deps --index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
 	else \
 		echo "torch $(TORCH) from the configured index"; \
-		$(PIP_INSTALL) -c requirements/cpu.lock torch==$(TORCH); \
+		$(PIP_INSTALL) --no-deps torch==$(TORCH); \
 	fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) --constraint requirements/cpu.lock torch==$(TORCH)
 	@touch $@
 
 $(VENV)/.hocket-installed: $(VENV)/.requirements-installed pyproject.toml setup.py
