@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import msgspec
 from measure import cpu_s, percentile
@@ -50,7 +51,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     warm_s: float
     window_s: float
     stagger_s: float = 0.0  # between two starts
-    tap_port: int = 0  # of the NATS server; 0: no tap
+    tap_url: str = ""  # of the NATS server; "": no tap
     tap_subject: str = ""
     tap_s: float = 0.0
     answers_kept: int = 4
@@ -252,7 +253,7 @@ class Streams:
                 self._clocks.end()
                 self._mark(1)
                 self._enter("tap", now)
-                if self._load.tap_port:
+                if self._load.tap_url:
                     self._open_tap()
             case "tap" if has_ended or waited_s >= self._load.tap_s:
                 self._enter("done", now)
@@ -267,9 +268,10 @@ class Streams:
 
     def _open_tap(self) -> None:
         """Subscribe to the token frames too, only now: the copy that the server sends us must not count in the window."""
-        self._tap = socket.create_connection(("127.0.0.1", self._load.tap_port))
-        options = b'CONNECT {"verbose":false,"pedantic":false}\r\n'
-        self._tap.sendall(options + b"SUB %s 1\r\n" % self._load.tap_subject.encode())
+        server = urlsplit(self._load.tap_url)
+        self._tap = socket.create_connection((server.hostname, server.port or 4222))
+        options = {"verbose": False, "pedantic": False, "user": server.username, "pass": server.password}
+        self._tap.sendall(f"CONNECT {json.dumps(options)}\r\nSUB {self._load.tap_subject} 1\r\n".encode())
         self._poller.register(self._tap.fileno(), select.EPOLLIN)
 
     def _hear_tap(self) -> None:

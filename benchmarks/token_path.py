@@ -24,6 +24,8 @@ from load_client import Load, Window, messages
 from local_pool import REST_CORE, SERVED_NAME, Pool, pin, running_pool
 from measure import Cell, Progress, Row, machine, median_row, print_table, rss_mib, versions, write_json
 
+from hocket.bus import subjects
+from hocket.bus.ids import RouterId
 from hocket.bus.messages import SamplingParams
 from hocket.bus.server import EmbeddedServer
 from hocket.cluster.model import resolve_model
@@ -91,8 +93,8 @@ def _requests(connections: int, isl: int, window_s: float, bars: dict[str, str])
 class Bench:
     """Runs cases against two pools, the paced one and the one as fast as it can."""
 
-    def __init__(self, nats_port: int, paced: Pool, fast: Pool, model: Path) -> None:
-        self._nats_port = nats_port
+    def __init__(self, nats_url: str, paced: Pool, fast: Pool, model: Path) -> None:
+        self._nats_url = nats_url
         self._pools = {"paced": paced}
         self._fast = fast
         self._text = ModelText.load(model)
@@ -115,8 +117,8 @@ class Bench:
             warm_s=case.warm_s,
             window_s=case.window_s,
             stagger_s=case.stagger_s,
-            tap_port=self._nats_port if case.tap_s else 0,
-            tap_subject=f"hk.tok.{pool.router_id}",
+            tap_url=self._nats_url if case.tap_s else "",
+            tap_subject=subjects.tokens(RouterId(pool.router_id)),
             tap_s=case.tap_s,
         )
         self._next_prompt += 100_000
@@ -270,7 +272,7 @@ async def run(arguments: argparse.Namespace) -> None:
                     )  # fmt: skip
                     pool.pids["nats"] = server.pid
                     pools[name] = pool
-                bench = Bench(server.port, pools["paced"], pools["fast"], model)
+                bench = Bench(server.url, pools["paced"], pools["fast"], model)
                 rows = await measure_all(bench, todo, 1 if arguments.quick else 3)
     about: dict[str, Cell] = {
         "machine": machine(),
