@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -11,10 +12,37 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # For `workers_rig`: with import-mode=importlib nothing else adds it.
 
-from workers_rig import PairMaker, SimPair, sim_config
+from scripted_router import ScriptedRouter
+from workers_rig import Cluster, PairMaker, SimPair, sim_config
 
+from hocket.bus.nats_bus import NatsBus
+from hocket.bus.server import EmbeddedServer
 from hocket.transport.links.inproc import InprocFaults, InprocTransport
 from hocket.workers.engines.sim.engine import SimEngine
+
+
+@pytest.fixture
+async def nats_server() -> AsyncIterator[EmbeddedServer]:
+    """A server of the test's own: it starts in 0.02 s."""
+    async with EmbeddedServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def cluster(nats_server: EmbeddedServer) -> AsyncIterator[Cluster]:
+    """Workers and one scripted router on one bus; at the end everything stops and nothing may be left."""
+    pool = f"pool-{os.urandom(4).hex()}"
+    bus = NatsBus(nats_server.url, name="router")
+    await bus.connect()
+    router = ScriptedRouter(bus, pool)
+    await router.start()
+    built = Cluster(pool, router, lambda name: NatsBus(nats_server.url, name=name))
+    try:
+        yield built
+        await built.stop()
+    finally:
+        await built.abandon()
+        await bus.aclose()
 
 
 @pytest.fixture

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hocket.bus.messages import SamplingParams
+from scripted_router import ScriptedRouter
+
+from hocket.bus.base import Bus
+from hocket.bus.messages import SamplingParams, WorkerCard
 from hocket.transport.base import HandoffKey
-from hocket.transport.links.inproc import InprocFaults
+from hocket.transport.links.inproc import InprocFaults, InprocTransport
 from hocket.workers.config import WorkerConfig
 from hocket.workers.engines.base import DecodeTask, EngineInfo, EngineLoad, PrefillTask, StepOutput
 from hocket.workers.engines.sim.engine import SimEngine
 from hocket.workers.engines.sim.kv import expected_tokens
+from hocket.workers.worker import Identity, run_worker
 
 VOCABULARY = range(1000)
 LAYERS = 3
@@ -129,3 +133,86 @@ class SimPair:
 
 class PairMaker(Protocol):
     async def __call__(self, **changes: object) -> SimPair: ...
+
+
+class Member:
+    """One worker of a cluster, in this process."""
+
+    def __init__(self, config: WorkerConfig, bus: Bus, faults: InprocFaults) -> None:
+        self.identity = Identity.new(config)
+        transports = [InprocTransport(faults)] if config.transports == "inproc" else None
+        self.engine = SimEngine(
+            config, worker_id=self.identity.worker_id, epoch=self.identity.epoch, transports=transports
+        )
+        self.stop = asyncio.Event()
+        self._card: asyncio.Future[WorkerCard] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(
+            run_worker(
+                config,
+                bus=bus,
+                engine=self.engine,
+                identity=self.identity,
+                stop=self.stop,
+                on_ready=self._card.set_result,
+            )
+        )
+
+    async def card(self) -> WorkerCard:
+        async with asyncio.timeout(10):
+            await asyncio.wait([self._card, self.task], return_when=asyncio.FIRST_COMPLETED)
+            if not self._card.done():
+                raise AssertionError(f"the worker ended with {await self.task}")
+            return self._card.result()
+
+    async def settled(self) -> None:
+        """Wait until all its blocks are back."""
+        whole = EngineLoad(0, 0, self.engine.kv.pool.blocks)
+        try:
+            async with asyncio.timeout(3):
+                while self.engine.load() != whole:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            assert self.engine.load() == whole
+
+
+class Cluster:
+    """Workers that a test adds, and the router that it plays."""
+
+    def __init__(self, pool: str, router: ScriptedRouter, make_bus: Callable[[str], Bus]) -> None:
+        self.pool = pool
+        self.router = router
+        self.faults = InprocFaults()
+        self.members: list[Member] = []
+        self._make_bus = make_bus
+
+    async def worker(self, role: str, **changes: object) -> tuple[Member, WorkerCard]:
+        config = sim_config(role, pool=self.pool, **changes)
+        member = Member(config, self._make_bus(role), self.faults)
+        self.members.append(member)
+        return member, await member.card()
+
+    async def pair(self, **changes: object) -> WorkerCard:
+        """One of each; the card of the decode worker."""
+        await self.worker("prefill", **changes)
+        _, card = await self.worker("decode", **changes)
+        return card
+
+    async def settled(self) -> None:
+        """No worker that still runs holds a block or a slot."""
+        for member in self.members:
+            if not member.task.done():
+                await member.settled()
+
+    async def stop(self) -> None:
+        """Every worker that still runs must hold nothing, stop when told to, and exit with 0."""
+        await self.settled()
+        for member in self.members:
+            if not member.task.done():
+                member.stop.set()
+                async with asyncio.timeout(5):
+                    assert await member.task == 0
+
+    async def abandon(self) -> None:
+        for member in self.members:
+            member.task.cancel()
+            await asyncio.wait([member.task])
