@@ -22,8 +22,13 @@ _TAIL_LINES = 15
 _LINE_BYTES_MAX = 64 << 10
 _READ_BYTES = 64 << 10
 _LAST_WORDS_S = 1.0
+_KILL_TIMEOUT_S = 2.0
+_KILL_POLL_S = 0.01
 # What `logs.py` writes, in a process of ours. Everything else (vLLM's own log, tracebacks) goes to the log file alone.
 _OWN_RECORD = re.compile(r"\d\d:\d\d:\d\d\.\d{3} (?P<level>[A-Z]+) +hocket[.\w]* ")
+
+
+OnRecord = Callable[[str, str], bool]
 
 
 class Guard:
@@ -78,7 +83,7 @@ class Child:
     ) -> None:
         self.name = name
         self.log = log
-        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)  # the last lines that nobody has seen yet
         self._command = command
         self._settings = settings
         self._environment = environment
@@ -94,10 +99,10 @@ class Child:
         self._guard.watch(self._process.pid)
         self._give_settings(self._process)
 
-    async def run(self, on_ready: Callable[[dict[str, str]], None], on_record: Callable[[str, str], None]) -> int:
+    async def run(self, on_ready: Callable[[dict[str, str]], None], on_record: OnRecord) -> int:
         """Stay until the started process has ended and nothing of its session is left; returns its exit code.
 
-        `on_ready` gets its ready line, `on_record` each log record of our own (level, line).
+        `on_ready` gets its ready line, `on_record` each log record of our own (level, line): true when it was shown.
         """
         process = self._process
         assert process is not None
@@ -135,16 +140,17 @@ class Child:
             with contextlib.suppress(msgspec.DecodeError):
                 on_ready(msgspec.json.decode(line, type=dict[str, str]))
 
-    def _stderr(self, line: str, file: IO[bytes], on_record: Callable[[str, str], None]) -> None:
-        self._keep(line, file)
+    def _stderr(self, line: str, file: IO[bytes], on_record: OnRecord) -> None:
         record = _OWN_RECORD.match(line)
-        if record is not None:
-            on_record(record["level"], line)
+        is_shown = record is not None and on_record(record["level"], line)
+        self._keep(line, file, is_shown=is_shown)
 
-    def _keep(self, line: str, file: IO[bytes]) -> None:
-        self.tail.append(line)
-        file.write(line.encode() + b"\n")
-        file.flush()
+    def _keep(self, line: str, file: IO[bytes], *, is_shown: bool = False) -> None:
+        if not is_shown:
+            self.tail.append(line)
+        with contextlib.suppress(OSError):  # A full disk costs the log, not the cluster.
+            file.write(line.encode() + b"\n")
+            file.flush()
 
     def terminate(self) -> None:
         """SIGTERM to the process itself: it knows how to end what it started."""
@@ -161,9 +167,11 @@ class Child:
     async def _end_session(self) -> None:
         """Engine processes of a worker that died hold memory and ports that its successor needs."""
         assert self._process is not None
-        while left := members([self._process.pid]):
-            signal_all(left, signal.SIGKILL)
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(TimeoutError):  # One that is stuck in the kernel must not hold the rest.
+            async with asyncio.timeout(_KILL_TIMEOUT_S):
+                while left := members([self._process.pid]):
+                    signal_all(left, signal.SIGKILL)
+                    await asyncio.sleep(_KILL_POLL_S)
 
 
 async def _wait_exit(pid: int) -> None:

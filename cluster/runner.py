@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from .supervision import (
 )
 
 _PROGRESS_S = 5.0
-_GUARD_GRACE_S = 5.0  # Longer than a worker without requests needs to stop its engine.
 _LEVELS = {"DEBUG": 0, "INFO": 1, "WARNING": 2, "ERROR": 3, "CRITICAL": 4}
 
 
@@ -41,18 +40,23 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line about the cluster itself, with the seconds since the start."""
-        print(f"[{time.monotonic() - self._started_s:5.1f} s] {text}", file=sys.stderr, flush=True)
+        self._print(f"[{time.monotonic() - self._started_s:5.1f} s] {text}")
 
-    def record(self, name: str, level: str, line: str) -> None:
-        """A log record of a child; below the level it is only in the child's log file."""
-        if _LEVELS.get(level, 4) >= self._level:
-            print(f"{name:<10} | {line}", file=sys.stderr, flush=True)
+    def record(self, name: str, level: str, line: str) -> bool:
+        """A log record of a child; False when it is below the level, and so only in the child's log file."""
+        is_shown = _LEVELS.get(level, 4) >= self._level
+        if is_shown:
+            self._print(f"{name:<10} | {line}")
+        return is_shown
 
     def tail(self, child: Child) -> None:
-        """The last lines of a child that failed."""
-        if child.tail:
-            print(f"--- last lines of {child.name} (all of it: {child.log})", file=sys.stderr)
-            print("\n".join(child.tail), file=sys.stderr, flush=True)
+        """The last lines of a child that failed, those that were not shown before."""
+        lines = child.tail or ["(nothing more than what is above)"]
+        self._print("\n".join((f"--- last lines of {child.name}; all of them: {child.log}", *lines)))
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # A terminal that was closed must not keep us from ending the children.
+            print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class Runner:
     def __init__(self, plans: Sequence[ChildPlan], limits: Limits, *, logs: Path, console: Console) -> None:
         self._plans = {plan.name: plan for plan in plans}
         self._supervision = Supervision([ChildSpec(plan.name, plan.group) for plan in plans], limits)
+        self._limits = limits
         self._logs = logs
         self._console = console
         self._children: dict[str, Child] = {}
@@ -97,7 +102,7 @@ class Runner:
         self._logs.mkdir(parents=True, exist_ok=True)
         for name in self._plans:
             (self._logs / f"{name}.log").unlink(missing_ok=True)
-        self._guard = Guard(_GUARD_GRACE_S)
+        self._guard = Guard(max(self._limits.stop_s))  # As patient as we are with a child.
         try:
             with self._signals():
                 async with asyncio.TaskGroup() as self._tasks:

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -154,12 +154,13 @@ class _Cluster:
             return failure
         counts = {role: sum(spec.config.role == role for spec in self._plan.workers) for role in ("prefill", "decode")}
         took_s = time.monotonic() - self._started_s
-        print(
-            f"\nHocket is ready at {url} after {took_s:.0f} s: {self._served_name}, engine {self._plan.serve.engine}, "
-            f"{counts['prefill']} prefill and {counts['decode']} decode workers\n\n"
-            f"{curl_line(url, self._served_name)}\n\nlogs: {self._folder / 'logs'}   stop: Ctrl-C",
-            flush=True,
-        )
+        with suppress(OSError):  # Nobody reads our stdout.
+            print(
+                f"\nHocket is ready at {url} after {took_s:.0f} s: {self._served_name}, engine {self._plan.serve.engine}, "
+                f"{counts['prefill']} prefill and {counts['decode']} decode workers\n\n"
+                f"{curl_line(url, self._served_name)}\n\nlogs: {self._folder / 'logs'}   stop: Ctrl-C",
+                flush=True,
+            )
         return ""
 
 
