@@ -1,0 +1,352 @@
+"""The work queue in one process, with JetStream's semantics as measured: redelivery, dedup window, time to live, exhaustion."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable
+from .jobs import DEDUP_WINDOW_S, JobLimits
+from .jobs_pull import CONFIRM_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from .memory_bus import MemoryBroker, MemoryBus
+
+log = logging.getLogger(__name__)
+
+
+class _Stored:
+    """A job in the store; `delivery` counts its deliveries, `timer` runs while it waits for an ack or a delay."""
+
+    __slots__ = ("delivery", "is_out", "payload", "sequence", "subject", "timer")
+
+    def __init__(self, sequence: int, subject: str, payload: bytes) -> None:
+        self.sequence = sequence
+        self.subject = subject
+        self.payload = payload
+        self.delivery = 0
+        self.is_out = False
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class _Lane:
+    """The jobs of one subject and who waits for them."""
+
+    def __init__(self) -> None:
+        self.again: deque[_Stored] = deque()  # before new ones, as JetStream does
+        self.fresh: deque[_Stored] = deque()
+        self.waiting: deque[MemoryJobPuller] = deque()
+
+
+class MemoryStore:
+    """The broker's side of the queue: what survives any bus."""
+
+    def __init__(self, broker: MemoryBroker, limits: JobLimits) -> None:
+        self._broker = broker
+        self.limits = limits
+        self.is_available = True  # False: as JetStream during an election
+        self._jobs: dict[int, _Stored] = {}
+        self._bytes = 0
+        self._sequence = 0
+        self._lanes: dict[str, _Lane] = {}
+        self._recent: dict[str, tuple[int, float]] = {}  # job id -> sequence, until; in order of time
+        self._expiry: list[tuple[float, int]] = []
+        self._watchers: dict[MemoryWatch, None] = {}
+
+    def put(self, subject: str, payload: bytes, job_id: str, ttl_s: float) -> int:
+        """Store a job once; its sequence number."""
+        now = self._broker.now()
+        self._expire(now)
+        while self._recent and next(iter(self._recent.values()))[1] <= now:
+            del self._recent[next(iter(self._recent))]
+        if job_id in self._recent:
+            return self._recent[job_id][0]
+        if len(self._jobs) >= self.limits.max_jobs or self._bytes + len(payload) > self.limits.max_bytes:
+            raise QueueFull(f"the work queue is full: {len(self._jobs)} jobs, {self._bytes} B")
+        self._sequence += 1
+        job = _Stored(self._sequence, subject, payload)
+        self._jobs[job.sequence] = job
+        self._bytes += len(payload)
+        self._recent[job_id] = (job.sequence, now + DEDUP_WINDOW_S)
+        heapq.heappush(self._expiry, (now + ttl_s, job.sequence))
+        self._lane(subject).fresh.append(job)
+        self.dispatch()
+        return job.sequence
+
+    def remove(self, sequence: int) -> bool:
+        """Acked, ended, deleted or expired."""
+        job = self._jobs.pop(sequence, None)
+        if job is None:
+            return False
+        self._bytes -= len(job.payload)
+        if job.timer is not None:
+            job.timer.cancel()
+        return True
+
+    def extend(self, sequence: int) -> None:
+        """Restart the wait for an ack."""
+        job = self._jobs.get(sequence)
+        if job is not None and job.is_out:
+            self._start_timer(job, self.limits.ack_wait_s)
+
+    def give_back(self, sequence: int, delay_s: float) -> None:
+        """A nak: again now, or after a delay."""
+        job = self._jobs.get(sequence)
+        if job is None or not job.is_out:
+            return
+        if delay_s > 0:
+            self._start_timer(job, delay_s)
+        else:
+            self._again(job)
+
+    def _start_timer(self, job: _Stored, delay_s: float) -> None:
+        if job.timer is not None:
+            job.timer.cancel()
+        job.timer = self._broker.loop.call_later(delay_s, self._again, job)
+
+    def _again(self, job: _Stored) -> None:
+        if job.timer is not None:
+            job.timer.cancel()
+            job.timer = None
+        if job.sequence not in self._jobs:
+            return
+        job.is_out = False
+        if job.delivery >= self.limits.max_deliver:
+            self._report(job)
+        else:
+            self._lane(job.subject).again.append(job)
+            self.dispatch()
+
+    def _report(self, job: _Stored) -> None:
+        """To one watcher, in turn; without one it stays until its time to live ends."""
+        watch = next((watch for watch in self._watchers if watch.bus.is_connected), None)
+        if watch is None:
+            return
+        del self._watchers[watch]
+        self._watchers[watch] = None
+        try:
+            watch.handler(job.payload)
+        except Exception:  # As on NATS: a handler's bug costs this report only.
+            log.exception("the handler of an exhausted job failed")
+            return
+        self.remove(job.sequence)
+
+    def _lane(self, subject: str) -> _Lane:
+        lane = self._lanes.get(subject)
+        if lane is None:
+            lane = self._lanes[subject] = _Lane()
+        return lane
+
+    def _expire(self, now: float) -> None:
+        while self._expiry and self._expiry[0][0] <= now:
+            self.remove(heapq.heappop(self._expiry)[1])
+
+    def wait(self, subject: str, puller: MemoryJobPuller) -> None:
+        """A puller has room for a job."""
+        self._lane(subject).waiting.append(puller)
+        self.dispatch()
+
+    def leave(self, subject: str, puller: MemoryJobPuller) -> None:
+        """A puller waits no more."""
+        waiting = self._lane(subject).waiting
+        if puller in waiting:
+            waiting.remove(puller)
+
+    def dispatch(self) -> None:
+        """Jobs to whoever waits and is connected, in order."""
+        if not (self._broker.is_running and self.is_available):
+            return
+        self._expire(self._broker.now())
+        for lane in self._lanes.values():
+            while (job := self._first(lane)) is not None:
+                puller = next((puller for puller in lane.waiting if puller.bus.is_connected), None)
+                if puller is None:
+                    break
+                lane.waiting.remove(puller)
+                (lane.again or lane.fresh).popleft()
+                job.delivery += 1
+                job.is_out = True
+                self._start_timer(job, self.limits.ack_wait_s)
+                puller.deliver(MemoryJob(puller.bus, self, job.sequence, job.payload, job.delivery))
+
+    def _first(self, lane: _Lane) -> _Stored | None:
+        for queue in (lane.again, lane.fresh):
+            while queue and queue[0].sequence not in self._jobs:
+                queue.popleft()
+            if queue:
+                return queue[0]
+        return None
+
+    def watch(self, watch: MemoryWatch) -> None:
+        """Take part in the reports."""
+        self._watchers[watch] = None
+
+    def unwatch(self, watch: MemoryWatch) -> None:
+        """No more reports to it."""
+        self._watchers.pop(watch, None)
+
+
+class MemoryWatch:
+    """One process's interest in exhausted jobs."""
+
+    def __init__(self, bus: MemoryBus, store: MemoryStore, handler: Callable[[bytes], None]) -> None:
+        self.bus = bus
+        self.handler = handler
+        self._store = store
+
+    async def unsubscribe(self) -> None:
+        """No report starts after this returns."""
+        self._store.unwatch(self)
+
+
+class MemoryJobQueue:
+    """The work queue as one bus sees it."""
+
+    def __init__(self, bus: MemoryBus, store: MemoryStore) -> None:
+        self._bus = bus
+        self._store = store
+        self._pullers: dict[MemoryJobPuller, None] = {}
+
+    @property
+    def limits(self) -> JobLimits:
+        """What the queue was made with."""
+        return self._store.limits
+
+    async def publish(self, subject: str, payload: bytes, *, job_id: str, ttl_s: float) -> int:
+        """Store a job; its sequence number."""
+        if not ttl_s > 0:
+            raise ValueError(f"ttl_s must be more than 0, got {ttl_s}")
+        if len(payload) > self.limits.max_job_bytes:
+            raise ValueError(f"a job of {len(payload)} B exceeds the queue's {self.limits.max_job_bytes} B")
+        if not self._bus.is_connected:
+            raise BusDisconnected("no connection to the broker")
+        await asyncio.sleep(0)
+        if not (self._bus.is_connected and self._store.is_available):
+            await asyncio.sleep(self.limits.publish_timeout_s)
+            if not (self._bus.is_connected and self._store.is_available):
+                raise QueueUnavailable(f"the work queue did not confirm job {job_id}")
+        return self._store.put(subject, payload, job_id, ttl_s)
+
+    async def puller(self, subject: str) -> MemoryJobPuller:
+        """One open pull on the jobs of `subject`."""
+        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
+        puller = MemoryJobPuller(self._bus, self._store, subject)
+        self._pullers[puller] = None
+        return puller
+
+    async def delete(self, sequence: int) -> bool:
+        """Remove a job; False when it was not there."""
+        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
+        return self._store.remove(sequence)
+
+    def nak_for(self, ack_subject: str, delay_s: float = 0.0) -> None:
+        """Give a dead worker's job back."""
+        if self._bus.is_connected:
+            sequence = int(ack_subject.rpartition(".")[2])
+            asyncio.get_running_loop().call_soon(self._store.give_back, sequence, delay_s)
+
+    async def watch_exhausted(self, handler: Callable[[bytes], None]) -> MemoryWatch:
+        """Call `handler(payload)` for each job delivered in vain."""
+        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
+        watch = MemoryWatch(self._bus, self._store, handler)
+        self._store.watch(watch)
+        return watch
+
+    async def aclose(self) -> None:
+        """Close every puller."""
+        for puller in tuple(self._pullers):
+            await puller.aclose()
+
+
+class MemoryJobPuller:
+    """One pull at a time."""
+
+    def __init__(self, bus: MemoryBus, store: MemoryStore, subject: str) -> None:
+        self.bus = bus
+        self._store = store
+        self._subject = subject
+        self._waiter: asyncio.Future[MemoryJob] | None = None
+        self._is_closed = False
+
+    async def pull(self) -> MemoryJob:
+        """Wait for the next job."""
+        if self._waiter is not None or self._is_closed:
+            raise ValueError("this puller is closed or somebody waits on it already")
+        waiter: asyncio.Future[MemoryJob] = asyncio.get_running_loop().create_future()
+        self._waiter = waiter
+        self._store.wait(self._subject, self)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._store.give_back(waiter.result().sequence, 0.0)  # It came in the same turn.
+            raise
+        finally:
+            self._waiter = None
+            self._store.leave(self._subject, self)
+
+    def deliver(self, job: MemoryJob) -> None:
+        """Called by the store."""
+        assert self._waiter is not None
+        if self._waiter.done():
+            self._store.give_back(job.sequence, 0.0)
+        else:
+            self._waiter.set_result(job)
+
+    async def aclose(self) -> None:
+        """Wait no more."""
+        self._is_closed = True
+        self._store.leave(self._subject, self)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(BusError("the puller was closed while somebody waited on it"))
+
+
+class MemoryJob:
+    """One delivery of one job."""
+
+    __slots__ = ("_bus", "_delivery", "_payload", "_store", "sequence")
+
+    def __init__(self, bus: MemoryBus, store: MemoryStore, sequence: int, payload: bytes, delivery: int) -> None:
+        self._bus = bus
+        self._store = store
+        self.sequence = sequence
+        self._payload = payload
+        self._delivery = delivery
+
+    @property
+    def payload(self) -> bytes:
+        """The job as it was published."""
+        return self._payload
+
+    @property
+    def delivery(self) -> int:
+        """1 for the first delivery of this job."""
+        return self._delivery
+
+    @property
+    def ack_subject(self) -> str:
+        """With it, anyone may nak on this worker's behalf."""
+        return f"$MEM.ACK.{self._delivery}.{self.sequence}"
+
+    async def ack(self) -> None:
+        """Returns when the queue has removed the job."""
+        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
+        self._store.remove(self.sequence)
+
+    async def nak(self, delay_s: float = 0.0) -> None:
+        """Give it back."""
+        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
+        self._store.give_back(self.sequence, delay_s)
+
+    async def in_progress(self) -> None:
+        """Restart `ack_wait_s`."""
+        if self._bus.is_connected:
+            self._store.extend(self.sequence)
+
+    async def term(self, reason: str) -> None:
+        """Remove it without an effect."""
+        await self.ack()
