@@ -10,9 +10,9 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -162,9 +162,7 @@ def _router(options: argparse.Namespace) -> int:
     log_level = _pop_log_level(values)
     config = msgspec.convert(values, RouterConfig)
     cluster.check_names(pool=config.pool, router_id=config.router_id)
-    return _run_process(
-        log_level, config.model, lambda model: _run_router(msgspec.structs.replace(config, model=model))
-    )
+    return _run_process(log_level, config, _run_router)
 
 
 def _worker(options: argparse.Namespace) -> int:
@@ -172,44 +170,50 @@ def _worker(options: argparse.Namespace) -> int:
     log_level = _pop_log_level(values)
     config = msgspec.convert({**values, "role": options.role}, WorkerConfig)
     cluster.check_names(pool=config.pool, worker_id=config.worker_id)
-    return _run_process(
-        log_level, config.model, lambda model: _run_worker(msgspec.structs.replace(config, model=model))
-    )
+    return _run_process(log_level, config, _run_worker)
 
 
 def _pop_log_level(values: dict[str, object]) -> str:
     return str(values.pop("log_level", cluster.CommonConfig().log_level))
 
 
-def _run_router(config: RouterConfig) -> Coroutine[object, object, int]:
-    from ..router.main import run_router  # Starlette and uvicorn take longer than --help may.
+# What these two import takes longer than --help may: Starlette and uvicorn, and the engine's libraries.
+def _run_router(config: RouterConfig) -> int:
+    import uvloop  # The router's figures were measured with it.
 
-    return run_router(config)
+    from ..router.main import run_router
 
-
-def _run_worker(config: WorkerConfig) -> Coroutine[object, object, int]:
-    from ..workers.worker import run_worker  # The engine's libraries take seconds.
-
-    return run_worker(config)
+    exit_code: int = uvloop.run(run_router(config))
+    return exit_code
 
 
-def _run_process(log_level: str, model: str, run: Callable[[str], Coroutine[object, object, int]]) -> int:
-    """The edge of a router's or worker's process: logging, the model's folder, the loop, the exit code."""
+def _run_worker(config: WorkerConfig) -> int:
+    import asyncio
+
+    from ..workers.worker import run_worker
+
+    # Not uvloop: vLLM's side channel takes asyncio's own transports, and a worker's loop handles few messages a step.
+    return asyncio.run(run_worker(config))
+
+
+Config = TypeVar("Config", RouterConfig, WorkerConfig)
+
+
+def _run_process(log_level: str, config: Config, run: Callable[[Config], int]) -> int:
+    """The edge of a router's or worker's process: logging, the model's folder, the exit code."""
     import logging
 
-    import uvloop  # Takes as long as the rest of --help; every figure of the bus and the router was measured with it.
-
     from .logs import set_up_logging
-    from .model import ModelError, resolve_model
+    from .model import ModelError, default_served_name, resolve_model
 
     set_up_logging(log_level)
     try:
-        folder = resolve_model(model)
+        folder = resolve_model(config.model)
     except ModelError as error:
         return _refuse(error, 1)
+    served_name = config.served_name or default_served_name(config.model, folder)
     try:
-        exit_code: int = uvloop.run(run(str(folder)))
-        return exit_code
+        return run(msgspec.structs.replace(config, model=str(folder), served_name=served_name))
     except Exception:
         logging.getLogger("hocket.cluster.cli").exception("ended by a failure that was not expected")
         return 1

@@ -167,9 +167,12 @@ def _worker_specs(base: Mapping[str, object], tables: Sequence[_WorkerTable]) ->
     counts = {"prefill": 0, "decode": 0}
     for table in tables:
         for _ in range(table.count):
-            name = f"{table.role}-{counts[table.role]}"
+            index = str(counts[table.role])
+            name = f"{table.role}-{index}"
             counts[table.role] += 1
-            config = msgspec.convert({**base, **table.values, "role": table.role, "worker_id": name}, WorkerConfig)
+            config = msgspec.convert(
+                {**base, **table.values, "role": table.role, "worker_id": index}, WorkerConfig
+            )  # It puts its role before it.
             specs.append(WorkerSpec(name, config, {"CUDA_VISIBLE_DEVICES": table.gpus} if table.gpus else {}))
     return specs
 

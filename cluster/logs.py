@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_OWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OWN |= {"color_message", "vllm_process_name"}  # uvicorn and vLLM put these into every record of their process.
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {ord("\n"): " | ", ord("\r"): "", ord("\t"): "    "}
 
 

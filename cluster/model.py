@@ -58,6 +58,12 @@ def resolve_model(name: str, *, say: Say = say_on_stderr) -> Path:
     return _snapshot(name)
 
 
+def default_served_name(name: str, folder: Path) -> str:
+    """The name clients use unless another was set. Not the folder's for an id: a fetched snapshot's folder is a hash."""
+    is_id = name != "demo" and not Path(name).expanduser().is_dir()
+    return name.rpartition("/")[2] if is_id else folder.name
+
+
 def _snapshot(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download  # Optional and slow to import.

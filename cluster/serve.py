@@ -23,7 +23,7 @@ import msgspec
 from ..bus.base import BusError
 from ..bus.server import EmbeddedServer
 from .config import Plan, WorkerSpec, share_cores, state_folder
-from .model import resolve_model
+from .model import default_served_name, resolve_model
 from .runner import ChildPlan, Console, ReadyLines, Runner
 from .supervision import Limits
 
@@ -73,7 +73,8 @@ class _Cluster:
     def __init__(self, plan: Plan, models: Mapping[str, Path], folder: Path, console: Console) -> None:
         self._plan = plan
         self._models = models
-        self._served_name = plan.serve.served_name or models[plan.serve.model].name
+        model = plan.serve.model
+        self._served_name = plan.serve.served_name or default_served_name(model, models[model])
         self._folder = folder
         self._console = console
         self._started_s = time.monotonic()

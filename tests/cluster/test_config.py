@@ -34,7 +34,7 @@ def test_flags_reach_every_worker_and_the_router():
     for spec in made.workers:
         config = spec.config
         assert (config.engine, config.sim_itl_ms, config.model, config.transports) == ("sim", 3.0, "/m", "tcp")
-        assert config.worker_id == spec.name
+        assert f"{config.role}-{config.worker_id}" == spec.name
     assert (made.router.policy, made.router.port, made.router.model) == ("round_robin", 0, "/m")
 
 

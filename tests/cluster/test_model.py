@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from hocket.cluster.model import DEMO_NAME, ModelError, ensure_demo_model, model_cache, resolve_model
+from hocket.cluster.model import (
+    DEMO_NAME,
+    ModelError,
+    default_served_name,
+    ensure_demo_model,
+    model_cache,
+    resolve_model,
+)
 
 
 def silent(_: str) -> None:
@@ -20,6 +27,12 @@ def silent(_: str) -> None:
 def test_a_folder_with_a_config_is_its_own_model(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path)) == tmp_path
+
+
+def test_the_served_name_of_a_fetched_model_is_its_ids_last_part(tmp_path: Path):
+    assert default_served_name("org/Model-8B", tmp_path / "snapshots" / "8d5f0e") == "Model-8B"
+    assert default_served_name(str(tmp_path), tmp_path) == tmp_path.name
+    assert default_served_name("demo", tmp_path / DEMO_NAME) == DEMO_NAME
 
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "/missing/folder", "a/b/c", ""])
