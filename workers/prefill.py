@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 IN_PROGRESS_S = 5.0  # a third of the queue's ack_wait
 RETRY_DELAY_S = 1.0  # before a job whose decode worker could not be reached is tried again
 PULLER_AGAIN_S = 1.0
-ELSEWHERE_DELAY_S = 0.2  # before a job that only another worker can do is offered again
+ELSEWHERE_DELAY_S = 0.5  # times the delivery, before a job that only another worker can do is offered again
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class PrefillIntake:
     def running(self) -> int:
         return len(self._running)
 
-    def offer(self, job: PrefillJob, now_unix_s: float) -> Verdict:
+    def offer(self, job: PrefillJob, delivery: int, now_unix_s: float) -> Verdict:
         """Taken jobs run until `ended`."""
         key = (job.request_id, job.attempt)
         if self._cancelled.covers(*key):
@@ -111,7 +111,7 @@ class PrefillIntake:
         if self.is_draining:
             return GiveBack("the worker stops", 0.0)
         if job.model != self._card.model or job.fingerprint != self._card.fingerprint:
-            return GiveBack("it is for another model or KV layout", ELSEWHERE_DELAY_S)
+            return GiveBack("it is for another model or KV layout", ELSEWHERE_DELAY_S * delivery)
         if not job.token_ids or len(job.token_ids) % 4:
             return Discard(f"{len(job.token_ids)} bytes are no prompt of 4-byte token ids", "bad_job")
         self._running.add(key)
@@ -311,7 +311,7 @@ class PrefillWorker:
         if job is None:
             await _quietly(delivery.term("not a prefill job"))
             return
-        verdict = self._intake.offer(job, self._wall_clock())
+        verdict = self._intake.offer(job, delivery.delivery, self._wall_clock())
         match verdict:
             case Take():
                 await self._run_job(_Run(job, [delivery]))

@@ -22,7 +22,7 @@ ControlHandler = Callable[[Message, Delivery], None]
 
 
 class Presence:
-    """Publishes while `run` runs. `on_control` gets the control messages that only one role understands."""
+    """Publishes while `run` runs. Set `on_control` for the control messages that only one role understands."""
 
     def __init__(
         self,
@@ -32,14 +32,13 @@ class Presence:
         engine: Engine,
         *,
         heartbeat_s: float,
-        on_control: ControlHandler | None = None,
     ) -> None:
         self._bus = bus
         self._pool = pool
         self.card = card
         self._engine = engine
         self._heartbeat_s = heartbeat_s
-        self._on_control = on_control
+        self.on_control: ControlHandler | None = None
         self._ledger = KvLedger(card.worker_id, card.epoch)
         self._subscription: Subscription | None = None
         self._changed = asyncio.Event()
@@ -146,7 +145,7 @@ class Presence:
                 self.reply(delivery, self.heartbeat())
             case KvSnapshotRequest():
                 self.reply(delivery, self._ledger.snapshot())
-            case _ if self._on_control is not None:
-                self._on_control(message, delivery)
+            case _ if self.on_control is not None:
+                self.on_control(message, delivery)
             case _:
                 log.warning("dropped a %s: not for a %s worker", type(message).__name__, self.card.role)

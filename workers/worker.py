@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from .presence import Presence
 from .stopping import Stop
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0  # for the engine; it promises as much
 
 
@@ -208,7 +209,7 @@ class Worker:
             self._stop_metrics = serve_metrics(config.metrics_port, card, engine, counts)
         return presence, role
 
-    async def _drain(self, presence: Presence, role: Role, broken: list[asyncio.Task[object]]) -> None:
+    async def _drain(self, presence: Presence, role: Role, broken: Sequence[asyncio.Task[object]]) -> None:
         """Let running requests finish, within `grace_s` and until a second signal."""
         log.info("draining")
         presence.is_draining = True
@@ -221,7 +222,7 @@ class Worker:
         if not drained.done():
             log.warning("cancelled what still ran")
 
-    def _own(self, work: Coroutine[None, None, object], name: str) -> asyncio.Task[object]:
+    def _own(self, work: Coroutine[None, None, T], name: str) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         return task

@@ -113,7 +113,7 @@ class ScriptedRouter:
     def job(
         self,
         card: WorkerCard,
-        token_ids: list[int],
+        prompt: list[int],
         sampling: SamplingParams,
         *,
         token: bytes | None = None,
@@ -125,7 +125,7 @@ class ScriptedRouter:
             "attempt": 1,
             "router_id": self.router_id,
             "stream_id": next(self._numbers),
-            "token_ids": pack_tokens(token_ids),
+            "token_ids": pack_tokens(prompt),
             "sampling": sampling,
             "model": card.model,
             "time_left_s": 30.0,
