@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ..bus.subjects import token
 from ..router.config import RouterConfig
 from ..workers.config import WorkerConfig
 from .settings import Setting, SettingsError, refuse_unknown, resolve, settings_of
@@ -108,6 +107,8 @@ def plan_from(
 
 def check_names(**names: str) -> None:
     """Raises SettingsError for a name that cannot be part of a bus subject; "" is none."""
+    from ..bus.subjects import token  # `hocket.bus` exports its NATS client, and --help must not wait for nats-py.
+
     for setting, name in names.items():
         try:
             token(name or "none")
