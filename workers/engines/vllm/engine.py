@@ -47,8 +47,9 @@ PROGRESS_S = 10.0
 SEND_END_SLACK_S = 10.0  # The endpoint keeps the time; this is for when it does not.
 READY_TIMEOUT_S = 10.0  # From vLLM's own "ready" to the connectors' word, which was sent before.
 ABANDON_TIMEOUT_S = 5.0  # The endpoint drops a link that does not answer well before.
-SHUTDOWN_S = 2.0
-REAP_S = 2.5
+SIGTERM_GRACE_S = 0.5
+SHUTDOWN_S = 1.0
+REAP_S = 2.0
 
 
 @dataclass(slots=True)
@@ -184,27 +185,31 @@ class VllmEngine:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if self._llm is not None:
-            await self._shut_down()
-        self._channel.close()
+        is_down = self._shut_down() if self._llm is not None else None
+        if is_down:
+            await _set_within(is_down, SIGTERM_GRACE_S)
+        # vLLM's processes take 6 s to take themselves apart, which frees nothing that their end does not.
         await self._reap()
+        if is_down and not await _set_within(is_down, SHUTDOWN_S):
+            log.warning("vllm's own shutdown hangs")
+        self._channel.close()
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
 
-    async def _shut_down(self) -> None:
+    def _shut_down(self) -> asyncio.Event:
         """vLLM's own way out, which hangs at times after a failure: on a thread that nobody has to wait for."""
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        loop, is_down = asyncio.get_running_loop(), asyncio.Event()
 
         def shut_down(llm: Unchecked = self._llm) -> None:
             try:
-                llm.shutdown(timeout=SHUTDOWN_S / 2)
+                llm.shutdown(timeout=SIGTERM_GRACE_S + REAP_S)
             finally:
                 with contextlib.suppress(RuntimeError):  # The loop may have been closed since.
-                    loop.call_soon_threadsafe(done.set)
+                    loop.call_soon_threadsafe(is_down.set)
 
+        if handler := self._llm.output_handler:
+            handler.cancel()  # Else it logs an error when its engine goes.
         threading.Thread(target=shut_down, name="vllm-shutdown", daemon=True).start()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SHUTDOWN_S):
-                await done.wait()
+        return is_down
 
     async def _reap(self) -> None:
         """Kill what is left of the engine's processes."""
@@ -276,6 +281,10 @@ class VllmEngine:
         """As of the last step."""
         blocks = self._info.kv_blocks if self._info else 0
         return EngineLoad(self._stats.running, self._stats.waiting, round(blocks * (1.0 - self._stats.kv_usage)))
+
+    async def clear_prefix_cache(self) -> bool:
+        """Forget every cached block, for tests and benchmarks; False while a request holds blocks."""
+        return bool(await self._llm.reset_prefix_cache())
 
     @property
     def received(self) -> dict[str, int]:
@@ -396,7 +405,7 @@ class VllmEngine:
         self._ends.tasks[number] = asyncio.get_running_loop().create_future()
         is_over = False
         try:
-            outputs = self._llm.generate({"prompt_token_ids": token_ids}, params, request_id)
+            outputs = self._llm.generate(versions.prompt_of(token_ids), params, request_id)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     on_output(output)
@@ -433,6 +442,13 @@ class VllmEngine:
             pass  # Its blocks are gone with it.
         finally:
             self._ends.tasks.pop(number, None)
+
+
+async def _set_within(event: asyncio.Event, timeout_s: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()
 
 
 async def _cancelled(task: asyncio.Task[int]) -> None:

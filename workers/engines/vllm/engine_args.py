@@ -79,6 +79,7 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
         "max_num_seqs": config.slots,
         "enable_prefix_caching": True,
         "prefix_caching_hash_algo": "sha256_cbor",
+        "use_tqdm_on_load": False,
         "disable_log_stats": True,  # vLLM's own loggers; ours stays.
         "kv_transfer_config": _kv_transfer(config, identity, name, revision),
         "kv_events_config": _kv_events(identity),
@@ -143,12 +144,14 @@ def environment(config: WorkerConfig, identity: Identity) -> dict[str, str]:
     variables = {
         name: value,
         "SPT_NOENV": "1",  # Else vLLM's process titles overwrite the environment that the reaper reads.
+        # Its processes are killed in the end, and Python's resource tracker cleans up after them: as planned.
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
         "PYTHONHASHSEED": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if "VLLM_LOGGING_LEVEL" not in os.environ:  # The user's choice; vLLM reads it nowhere else.
-        variables["VLLM_LOGGING_LEVEL"] = "WARNING"
+        variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # Each start warns some twenty times about what is meant to be.
     if Path(config.model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"
     if config.cpu_cores:

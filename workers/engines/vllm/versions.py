@@ -74,6 +74,15 @@ def waiting_requests(stats: Unchecked) -> int:
     return int(stats.num_waiting_reqs) + int(getattr(stats, "num_skipped_waiting_reqs", 0))
 
 
+def prompt_of(token_ids: list[int]) -> Unchecked:
+    """A prompt for `AsyncLLM.generate`; the plain dict of 0.26 is on its way out."""
+    try:
+        from vllm.inputs.engine import tokens_input
+    except ImportError:
+        return {"prompt_token_ids": token_ids}
+    return tokens_input(token_ids)
+
+
 def end_all_requests(llm: Unchecked) -> None:
     """Make every running `generate` raise EngineDeadError: vLLM leaves them waiting when its process was killed."""
     from vllm.v1.engine.exceptions import EngineDeadError
