@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 
-from ....bus.messages import FINISH_STOP, KvEvent, TokenLogprob
+from ....bus.messages import KvEvent
 from ....transport.base import Chunk, Expectation, ReceiveEnd, SendEnd, SendOrder, SendReleased, Transport
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
@@ -26,10 +26,10 @@ from ..base import (
     PrefillTask,
     StepOutput,
 )
-from .blocks import BlockPool
-from .kv import SimKv, cells_of, choose, finish_of, logprob_of, next_states, sim_layout
+from .kv import SimKv, cells_of, next_states, sim_layout
+from .scheduler import AnyWork, Scheduler
 from .vocabulary import sim_vocabulary
-from .work import DecodeWork, PrefillWork, Work
+from .work import DecodeWork, PrefillWork
 
 log = logging.getLogger(__name__)
 KV_BLOCKS = 8192  # when not told: 8 MiB of 32-token blocks in 4 layers
@@ -44,8 +44,8 @@ class SimEngine:
         self, config: WorkerConfig, *, worker_id: str, epoch: int, transports: Sequence[Transport] | None = None
     ) -> None:
         self._config = config
-        self._blocks = BlockPool(config.kv_blocks or KV_BLOCKS)
-        layout = sim_layout(config.model, block_tokens=config.block_tokens, layers=config.sim_layers)
+        name = config.served_name or PurePath(config.model).name  # A folder may lie elsewhere on another host.
+        layout = sim_layout(name, block_tokens=config.block_tokens, layers=config.sim_layers)
         self.kv = SimKv(layout, config.kv_blocks or KV_BLOCKS)
         self.vocabulary = sim_vocabulary(config.model, config.sim_vocab)
         kv_tokens = self.kv.pool.blocks * config.block_tokens
@@ -62,12 +62,15 @@ class SimEngine:
             bind_host=config.bind,
             listens=config.role == "decode",
         )
-        self._waiting: deque[PrefillWork | DecodeWork] = deque()
-        self._active: dict[PrefillWork | DecodeWork, None] = {}  # each has a slot and blocks
-        self._computing: dict[PrefillWork | DecodeWork, None] = {}
-        self._running: dict[DecodeWork, None] = {}  # make a token each step, oldest first
-        self._handlers: list[Callable[[list[KvEvent]], None]] = []
         self._wake = asyncio.Event()
+        self._scheduler = Scheduler(
+            self.kv,
+            self.vocabulary,
+            slots=config.slots,
+            chunk_tokens=config.chunk_tokens,
+            on_room=self._wake.set,
+        )
+        self._handlers: list[Callable[[list[KvEvent]], None]] = []
         self._busy_until = 0.0
         self._task: asyncio.Task[None] | None = None
         self._dead: EngineDead | None = None
@@ -121,7 +124,7 @@ class SimEngine:
             self._drop(work)
 
     def load(self) -> EngineLoad:
-        return EngineLoad(len(self._active), len(self._waiting), self._blocks.free_blocks)
+        return EngineLoad(len(self._scheduler.active), len(self._scheduler.waiting), self._scheduler.blocks.free_blocks)
 
     def on_kv_events(self, handler: Callable[[list[KvEvent]], None]) -> None:
         self._handlers.append(handler)
@@ -161,17 +164,17 @@ class SimEngine:
         if min(token_ids) < 0:
             raise BadTask(f"token id {min(token_ids)} is negative")
 
-    def _add(self, work: PrefillWork | DecodeWork) -> None:
-        self._waiting.append(work)
+    def _add(self, work: AnyWork) -> None:
+        self._scheduler.waiting.append(work)
         self._wake.set()
 
-    def _drop(self, work: PrefillWork | DecodeWork) -> None:
+    def _drop(self, work: AnyWork) -> None:
         """The end of every task. Blocks that somebody may still read or write stay held until the endpoint says so."""
         work.is_over = True
-        if work in self._active:
-            self._end(work)
-        elif work in self._waiting:
-            self._waiting.remove(work)
+        if work in self._scheduler.active:
+            self._scheduler.end(work)
+        elif work in self._scheduler.waiting:
+            self._scheduler.waiting.remove(work)
         if isinstance(work, PrefillWork):
             if work.is_open:
                 self.endpoint.abort(work.task.key, "cancelled")
@@ -179,20 +182,7 @@ class SimEngine:
         elif work.is_receiving:
             self.endpoint.cancel(work.task.handoff_token or b"")
             return
-        self._free(work)
-
-    def _end(self, work: PrefillWork | DecodeWork) -> None:
-        """Give the slot back."""
-        del self._active[work]
-        self._computing.pop(work, None)
-        if isinstance(work, DecodeWork):
-            self._running.pop(work, None)
-        self._wake.set()
-
-    def _free(self, work: Work) -> None:
-        blocks, work.blocks = work.blocks, []
-        self._blocks.release(blocks)
-        self._wake.set()
+        self._scheduler.free(work)
 
     def _on_run_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -202,7 +192,7 @@ class SimEngine:
     def _fail_all(self, error: EngineDead) -> None:
         if self._dead is None:
             self._dead = error
-        for work in [*self._active, *self._waiting]:
+        for work in [*self._scheduler.active, *self._scheduler.waiting]:
             if not work.done.done():
                 work.done.set_exception(self._dead)
         self._is_dead.set()
@@ -212,8 +202,8 @@ class SimEngine:
     async def _run(self) -> None:
         while True:
             self._admit()
-            parts = self._plan()
-            if not parts and not self._running:
+            parts = self._scheduler.plan()
+            if not parts and not self._scheduler.running:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -221,46 +211,14 @@ class SimEngine:
             self._tell_events()
 
     def _admit(self) -> None:
-        """Give a slot and all blocks of the prompt to those who wait, first come first served."""
-        while self._waiting and len(self._active) < self._config.slots:
-            work = self._waiting[0]
-            # A decode engine computes at least the last prompt token's step, like vLLM.
-            reusable = (len(work.tokens) - isinstance(work, DecodeWork)) // work.block_tokens
-            work.extend_hashes(reusable)
-            hits = self._blocks.hit(work.hashes[:reusable])
-            blocks = self._blocks.allocate(hits, work.blocks_needed - len(hits))
-            if blocks is None:
-                return
-            self._waiting.popleft()
-            work.blocks = blocks
-            work.cached_blocks = work.stored_blocks = len(hits)
-            work.skip_to(len(hits) * work.block_tokens)
-            self._active[work] = None
+        while (work := self._scheduler.admit()) is not None:
             if isinstance(work, PrefillWork):
                 self._open(work)
             else:
                 self._begin(work)
 
-    def _plan(self) -> list[tuple[PrefillWork | DecodeWork, int]]:
-        """Whose prompt is computed in this step, and up to which position: whole blocks within the token budget."""
-        budget = self._config.chunk_tokens
-        parts: list[tuple[PrefillWork | DecodeWork, int]] = []
-        for work in self._computing:
-            end = min(len(work.tokens), work.computed + budget)
-            if end < len(work.tokens):
-                end -= end % work.block_tokens
-                if end <= work.computed:
-                    if parts:
-                        break
-                    end = min(len(work.tokens), work.computed + work.block_tokens)
-            parts.append((work, end))
-            budget -= end - work.computed
-            if budget <= 0:
-                break
-        return parts
-
-    async def _step(self, parts: list[tuple[PrefillWork | DecodeWork, int]]) -> None:
-        decoding = list(self._running)
+    async def _step(self, parts: list[tuple[AnyWork, int]]) -> None:
+        decoding = list(self._scheduler.running)
         tokens = sum(end - work.computed for work, end in parts)
         step_ms = tokens * self._config.sim_prefill_ms_per_token + (self._config.sim_itl_ms if decoding else 0.0)
         computed = []
@@ -285,10 +243,10 @@ class SimEngine:
         for work, end, _, states, _ in computed:
             if not work.is_over:
                 work.computed, work.state = end, states[-1]
-                self._store(work)
+                self._scheduler.store(work)
                 if end == len(work.tokens):
                     self._on_prompt_computed(work)
-        self._make_tokens([work for work in decoding if work in self._running])
+        self._scheduler.make_tokens([work for work in decoding if work in self._scheduler.running])
 
     async def _spend(self, duration_s: float) -> None:
         """Wait until the engine has been busy for so much longer."""
@@ -298,24 +256,14 @@ class SimEngine:
         self._busy_until = max(self._busy_until, now - LAG_MAX_S) + duration_s
         await asyncio.sleep(max(0.0, self._busy_until - now))
 
-    def _store(self, work: Work) -> None:
-        """Offer newly complete blocks to the prefix cache."""
-        first, end = work.stored_blocks, work.whole_blocks
-        if end > first:
-            work.extend_hashes(end)
-            self._blocks.store(
-                work.blocks[first:end], work.hashes[first:end], work.hashes[first - 1] if first else None
-            )
-            work.stored_blocks = end
-
-    def _on_prompt_computed(self, work: PrefillWork | DecodeWork) -> None:
-        del self._computing[work]
+    def _on_prompt_computed(self, work: AnyWork) -> None:
+        del self._scheduler.computing[work]
         if isinstance(work, DecodeWork):
-            self._start_decoding(work)
-            self._make_tokens([work])
+            self._scheduler.start_decoding(work)
+            self._scheduler.make_tokens([work])
 
     def _tell_events(self) -> None:
-        if events := self._blocks.take_events():
+        if events := self._scheduler.blocks.take_events():
             for handler in self._handlers:
                 handler(events)
 
@@ -336,7 +284,7 @@ class SimEngine:
             if isinstance(event, SendReleased):
                 work.is_over = True
                 work.is_open = False
-                self._free(work)
+                self._scheduler.free(work)
             else:
                 self._on_send_end(work, event)
 
@@ -352,11 +300,11 @@ class SimEngine:
             for layer in range(self.kv.layers):
                 self.endpoint.layer_ready(task.key, layer)
         if work.computed < len(work.tokens):
-            self._computing[work] = None
+            self._scheduler.computing[work] = None
 
     def _on_send_end(self, work: PrefillWork, event: SendEnd) -> None:
-        if work in self._active:
-            self._end(work)
+        if work in self._scheduler.active:
+            self._scheduler.end(work)
         if work.done.done():
             return
         if event.is_landed:
@@ -393,18 +341,18 @@ class SimEngine:
     def _on_receive_end(self, work: DecodeWork, end: ReceiveEnd) -> None:
         work.is_receiving = False
         if work.is_over:
-            self._free(work)
+            self._scheduler.free(work)
             return
         if end.is_landed:
             work.cached_tokens, work.computed_here = work.computed, 1
             work.skip_to(len(work.tokens))
-            self._store(work)
-            self._start_decoding(work)
+            self._scheduler.store(work)
+            self._scheduler.start_decoding(work)
         else:
             log.info("hand-off failed, computing the rest: %s", end.reason, extra={"request_id": work.task.request_id})
             reusable = (len(work.tokens) - 1) // work.block_tokens
             work.skip_to(min(work.cached_blocks + end.good_blocks, reusable) * work.block_tokens)
-            self._store(work)
+            self._scheduler.store(work)
             self._compute_rest(work)
         self._wake.set()
 
@@ -412,72 +360,4 @@ class SimEngine:
         if not work.made:
             work.cached_tokens = work.cached_blocks * work.block_tokens
             work.computed_here = len(work.tokens) - work.computed
-        self._computing[work] = None
-
-    def _start_decoding(self, work: DecodeWork) -> None:
-        work.answer = self.kv.read(work.blocks, work.computed)
-        self._running[work] = None
-
-    def _make_tokens(self, works: list[DecodeWork]) -> None:
-        """One decode step of all of them at once."""
-        pending = [work for work in works if work.has_pending_token]
-        self._extend([work for work in pending if self._make_room(work)])
-        for work in works:
-            if work in self._running and not work.has_pending_token and not work.done.done():
-                self._make_token(work)
-
-    def _make_room(self, work: DecodeWork) -> bool:
-        """A block for the next position; the youngest requests are preempted for it, in the end this one itself."""
-        while work.blocks and work.computed // work.block_tokens == len(work.blocks):
-            fresh = self._blocks.allocate([], 1)
-            if fresh is not None:
-                work.blocks += fresh
-            else:
-                self._preempt(next(reversed(self._running)))
-        return bool(work.blocks)
-
-    def _preempt(self, work: DecodeWork) -> None:
-        log.debug("preempted", extra={"request_id": work.task.request_id})
-        self._end(work)
-        self._free(work)
-        work.rewind()
-        self._waiting.appendleft(work)
-
-    def _extend(self, works: list[DecodeWork]) -> None:
-        """Compute the KV of each one's newest token and read it."""
-        works = [work for work in works if work.blocks]
-        if not works:
-            return
-        offsets = [work.computed % work.block_tokens for work in works]
-        blocks = [work.blocks[work.computed // work.block_tokens] for work in works]
-        states = [next_states(work.state, work.tokens[-1:])[0] for work in works]
-        answers = self.kv.append(blocks, offsets, states, [work.answer for work in works])
-        for work, state, answer, offset in zip(works, states, answers.tolist(), offsets, strict=True):
-            work.state = state
-            work.answer = answer
-            work.computed += 1
-            if offset == work.block_tokens - 1:
-                self._store(work)
-
-    def _make_token(self, work: DecodeWork) -> None:
-        sampling = work.task.sampling
-        is_first, work.made = work.made == 0, work.made + 1
-        if work.made == work.tokens_max:
-            work.answer = self.kv.read(work.blocks, work.computed)  # A write that came late shows at the latest here.
-        token_id = choose(work.answer, sampling, self.vocabulary)
-        finish = finish_of(token_id, work.made, work.tokens_max, sampling)
-        work.tokens.append(token_id)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if sampling.logprobs is not None:
-            logprobs = (logprob_of(work.answer, token_id, sampling.logprobs, self.vocabulary),)
-        stop_token = token_id if finish == FINISH_STOP else None
-        if is_first:
-            output = StepOutput([token_id], finish, logprobs, stop_token, work.computed_here, work.cached_tokens)
-        else:
-            output = StepOutput([token_id], finish, logprobs, stop_token)
-        if finish:
-            work.is_over = True
-            self._end(work)
-            self._free(work)
-            work.done.set_result(None)
-        work.on_step(output)
+        self._scheduler.computing[work] = None
