@@ -91,12 +91,7 @@ class NatsJobQueue:
 
     async def publish(self, subject: str, payload: bytes, *, job_id: str, ttl_s: float) -> int:
         """Store a job, trying again under the same id for `publish_timeout_s`; its sequence number."""
-        if not _JOB_ID.match(job_id):
-            raise ValueError(f"a job id is 1 to 128 visible ASCII characters, got {job_id!r}")
-        if not ttl_s > 0:
-            raise ValueError(f"ttl_s must be more than 0, got {ttl_s}")
-        if len(payload) > self._limits.max_job_bytes:
-            raise ValueError(f"a job of {len(payload)} B exceeds the queue's {self._limits.max_job_bytes} B")
+        check_job(payload, job_id, ttl_s, self._limits)
         if not self._bus.is_connected:
             raise BusDisconnected("no connection to NATS")
         header = f"NATS/1.0\r\nNats-Msg-Id: {job_id}\r\nNats-TTL: {math.ceil(ttl_s)}\r\n\r\n".encode()
@@ -240,6 +235,16 @@ class NatsJobQueue:
             report.cancel()
         if self._reports:
             await asyncio.wait(tuple(self._reports), timeout=1.0)
+
+
+def check_job(payload: bytes, job_id: str, ttl_s: float, limits: JobLimits) -> None:
+    """Raises ValueError for what no queue takes; the id goes into a header line."""
+    if not _JOB_ID.match(job_id):
+        raise ValueError(f"a job id is 1 to 128 visible ASCII characters, got {job_id!r}")
+    if not ttl_s > 0:
+        raise ValueError(f"ttl_s must be more than 0, got {ttl_s}")
+    if len(payload) > limits.max_job_bytes:
+        raise ValueError(f"a job of {len(payload)} B exceeds the queue's {limits.max_job_bytes} B")
 
 
 def consumer_name(subject: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable
-from .jobs import DEDUP_WINDOW_S, JobLimits
+from .jobs import DEDUP_WINDOW_S, JobLimits, check_job
 from .jobs_pull import CONFIRM_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -218,10 +218,7 @@ class MemoryJobQueue:
 
     async def publish(self, subject: str, payload: bytes, *, job_id: str, ttl_s: float) -> int:
         """Store a job; its sequence number."""
-        if not ttl_s > 0:
-            raise ValueError(f"ttl_s must be more than 0, got {ttl_s}")
-        if len(payload) > self.limits.max_job_bytes:
-            raise ValueError(f"a job of {len(payload)} B exceeds the queue's {self.limits.max_job_bytes} B")
+        check_job(payload, job_id, ttl_s, self.limits)
         if not self._bus.is_connected:
             raise BusDisconnected("no connection to the broker")
         await asyncio.sleep(0)

@@ -27,9 +27,18 @@ CLOSE_TIMEOUT_S = 2.0
 class NatsBus:
     """One connection. `url` may hold credentials and several servers, with commas; `jobs` sets the queue's limits."""
 
-    def __init__(self, url: str, *, name: str, jobs: JobLimits | None = None, inbox_prefix: str = "_INBOX") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        jobs: JobLimits | None = None,
+        inbox_prefix: str = "_INBOX",
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
         self._url = url
         self._name = name
+        self._connect_timeout_s = connect_timeout_s
         self._inbox = subjects.under(inbox_prefix, secrets.token_hex(8))
         self._inbox_numbers = itertools.count(1)
         self._replies = subjects.under(self._inbox, "r")
@@ -72,9 +81,9 @@ class NatsBus:
         return int(self._client.max_payload)
 
     async def connect(self) -> None:
-        """Raises BusError, with the address and the reason, when nothing answers within 5 s; later it repairs itself."""
+        """Raises BusError, with the address and the reason, when nothing answers in time; later it repairs itself."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(self._connect_timeout_s):
                 await self._client.open(self._url, name=self._name, inbox_prefix=self._inbox_prefix)
         except (OSError, errors.Error, TimeoutError) as error:
             cause = self._client.last_error or error
