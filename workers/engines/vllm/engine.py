@@ -287,6 +287,11 @@ class VllmEngine:
         return bool(await self._llm.reset_prefix_cache())
 
     @property
+    def mark(self) -> str:
+        """NAME=value in the environment of each of its processes."""
+        return self._identity.mark
+
+    @property
     def received(self) -> dict[str, int]:
         """Hand-offs that ended here since the start, by "landed" or the reason."""
         return dict(self._received)
@@ -344,10 +349,7 @@ class VllmEngine:
             raise BadTask("this hand-off token is in use")
         number = next(self._numbers)
         deadline_s = time.monotonic() + task.handoff_timeout_s
-        try:
-            params = decode_sampling(task.sampling, decode_params(number, token, task.attempt, deadline_s))
-        except ValueError as error:
-            raise BadTask(str(error)) from error
+        params = decode_sampling(task.sampling, decode_params(number, token, task.attempt, deadline_s))
         landing: asyncio.Future[ReceiveEnded] = asyncio.get_running_loop().create_future()
         if token is not None:
             self._ends.receives[token] = landing

@@ -13,7 +13,7 @@ from ....bus.messages import (
     SamplingParams,
     TokenLogprob,
 )
-from ..base import StepOutput
+from ..base import BadTask, StepOutput
 from .versions import Unchecked
 
 _FINISH = {
@@ -26,11 +26,20 @@ _FINISH = {
 
 
 def decode_sampling(sampling: SamplingParams, kv_params: Mapping[str, object]) -> Unchecked:
-    """vLLM's parameters of a decode request. Raises ValueError for values that vLLM refuses."""
+    """vLLM's parameters of a decode request. Raises BadTask for values that vLLM refuses."""
     import vllm
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        return _decode_sampling(vllm.SamplingParams, sampling, kv_params)
+    except (VLLMClientError, ValueError) as error:  # ValueError: 0.26.
+        raise BadTask(str(error)) from error
+
+
+def _decode_sampling(make: Unchecked, sampling: SamplingParams, kv_params: Mapping[str, object]) -> Unchecked:
     from vllm.sampling_params import RequestOutputKind
 
-    return vllm.SamplingParams(
+    return make(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
         temperature=sampling.temperature,
