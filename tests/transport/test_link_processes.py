@@ -32,16 +32,24 @@ class Receiving:
     rows: npt.NDArray[np.uint8]
     done: list[BaseException | None] = field(default_factory=list)
     lost_at: float = 0.0
+    stop_after: int | None = None  # stop the child when so many messages are done; later would be too late
+
+    def on_done(self, error: BaseException | None) -> None:
+        self.done.append(error)
+        if len(self.done) == self.stop_after:
+            os.kill(self.child.pid, signal.SIGSTOP)
 
 
-Receive = Callable[[str, int, int, int], Awaitable[Receiving]]
+Receive = Callable[..., Awaitable[Receiving]]
 
 
 @pytest_asyncio.fixture
 async def receive() -> AsyncIterator[Receive]:
     cleanups: list[Callable[[], Awaitable[None]]] = []
 
-    async def begin(scheme: str, messages: int, buffers: int, buffer_bytes: int) -> Receiving:
+    async def begin(
+        scheme: str, messages: int, buffers: int, buffer_bytes: int, *, stop_after: int | None = None
+    ) -> Receiving:
         transport = make_transport(scheme)
         await transport.start()
         links: list[Link] = []
@@ -70,10 +78,10 @@ async def receive() -> AsyncIterator[Receive]:
 
         cleanups.append(cleanup)
         await until(lambda: controls)
-        receiving = Receiving(links[0], child, rows)
+        receiving = Receiving(links[0], child, rows, stop_after=stop_after)
         state.append(receiving)
         for tag in range(messages):
-            links[0].post_receive(tag, list(rows[tag, ::2]), receiving.done.append)
+            links[0].post_receive(tag, list(rows[tag, ::2]), receiving.on_done)
         return receiving
 
     yield begin
@@ -114,9 +122,9 @@ async def test_a_killed_peer_is_noticed_within_half_a_second(receive: Receive, s
 async def test_a_stopped_sender_writes_nothing_after_the_abort(
     receive: Receive, scheme: str, messages: int, buffers: int, buffer_bytes: int
 ) -> None:
-    receiving = await receive(scheme, messages, buffers, buffer_bytes)
-    await until(lambda: len(receiving.done) >= messages // 20)
-    os.kill(receiving.child.pid, signal.SIGSTOP)
+    stop_after = messages // 20
+    receiving = await receive(scheme, messages, buffers, buffer_bytes, stop_after=stop_after)
+    await until(lambda: len(receiving.done) >= stop_after)
     before = len(receiving.done)
     async with asyncio.timeout(5.0):
         await receiving.link.abort()

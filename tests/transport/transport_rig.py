@@ -87,7 +87,7 @@ class Ends:
 async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Wait for a condition that another process or callback brings about."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - the condition has no event of its own
+        while not condition():
             await asyncio.sleep(0.002)
 
 

@@ -100,6 +100,24 @@ _sent = _SEND_CALLBACK(_on_sent)
 _received = _RECEIVE_CALLBACK(_on_received)
 
 
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A message, or the offer of one, that waits in UCX to be received."""
+
+    message: int
+    tag: int
+    length_bytes: int
+
+
+def _receive_param(number: int, datatype: int) -> _RequestParam:
+    return _RequestParam(
+        op_attr_mask=_FIELD_CALLBACK | _FIELD_USER_DATA | _FIELD_DATATYPE | _NO_IMMEDIATE_COMPLETION,
+        callback=ctypes.cast(_received, c_void_p),
+        datatype=datatype,
+        user_data=number,
+    )
+
+
 class Ucp:
     """libucp, which UCXX has loaded already."""
 
@@ -112,6 +130,12 @@ class Ucp:
         self._tag_receive = ucp.ucp_tag_recv_nbx
         self._tag_receive.argtypes = [c_void_p, c_void_p, c_size_t, c_uint64, c_uint64, param]
         self._tag_receive.restype = c_void_p
+        self._probe = ucp.ucp_tag_probe_nb
+        self._probe.argtypes = [c_void_p, c_uint64, c_uint64, c_int, POINTER(_TagInfo)]
+        self._probe.restype = c_void_p
+        self._message_receive = ucp.ucp_tag_msg_recv_nbx
+        self._message_receive.argtypes = [c_void_p, c_void_p, c_size_t, c_void_p, param]
+        self._message_receive.restype = c_void_p
         self._request_free = ucp.ucp_request_free
         self._request_free.argtypes = [c_void_p]
         self._request_free.restype = None
@@ -140,13 +164,24 @@ class Ucp:
     def receive(self, worker: int, tag: int, buffers: Sequence[Buffer], completed: deque[Operation]) -> Operation:
         """Post a receive for exactly this tag; as `send`, and `length_bytes` says how much came."""
         operation, number, address, count, datatype = self._begin(buffers, completed)
-        param = _RequestParam(
-            op_attr_mask=_FIELD_CALLBACK | _FIELD_USER_DATA | _FIELD_DATATYPE | _NO_IMMEDIATE_COMPLETION,
-            callback=ctypes.cast(_received, c_void_p),
-            datatype=datatype,
-            user_data=number,
-        )
+        param = _receive_param(number, datatype)
         request = self._tag_receive(worker, address, count, tag, _FULL_MASK, byref(param))
+        self._began(operation, number, request)
+        return operation
+
+    def arrived(self, worker: int, tag: int, mask: int) -> Arrived | None:
+        """Take the oldest message of such a tag that has come and was not posted for; `receive_arrived` must follow."""
+        info = _TagInfo()
+        message = self._probe(worker, tag, mask, 1, byref(info))
+        return Arrived(message, info.sender_tag, info.length_bytes) if message else None
+
+    def receive_arrived(
+        self, worker: int, arrived: Arrived, buffers: Sequence[Buffer], completed: deque[Operation]
+    ) -> Operation:
+        """As `receive`, of a message that is known to have come."""
+        operation, number, address, count, datatype = self._begin(buffers, completed)
+        param = _receive_param(number, datatype)
+        request = self._message_receive(worker, address, count, arrived.message, byref(param))
         self._began(operation, number, request)
         return operation
 

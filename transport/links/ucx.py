@@ -5,9 +5,11 @@ installed any more. We use UCXX's core objects and drive them by the worker's ev
 engine idles at 0.01 % of a core. The libucx of PyPI has no RDMA; a system or conda UCX does.
 
 - Tags match per worker, not per endpoint, so each side gives the other a connection id and every tag carries it.
-- A message is a rendezvous straight into the posted buffers, from `RNDV_BYTES` on; after the endpoint is closed its late
-  fragments find no request. A smaller one is eager: its fragments are matched by number alone and may come after
-  the close, so it lands in a buffer of ours first.
+- A message of `RNDV_BYTES` or more is a rendezvous: it is offered, and only when we answer the offer are its bytes written
+  straight into the posted buffers. We answer at most `ANSWERED_MAX` offers of a link at a time: closing an endpoint stops
+  the writes of what was answered, but it cannot end while the peer's queue is full of our answers [a stopped peer, 290
+  answered offers: the close hung, and 280 KB were written when the peer went on]. A smaller message is eager and may
+  come in fragments after the close, so it lands in a buffer of ours first.
 - UCX sees kill -9 in milliseconds and a stopped or cut off peer never: `handoff.LinkWatch` does that.
 """
 
@@ -33,7 +35,7 @@ from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError, TransportUnavailable
 from ..frames import FRAME_BYTES_MAX, TAG_BITS
 from .addresses import join_address, split_address
-from .ucp import Operation, Ucp
+from .ucp import Arrived, Operation, Ucp
 
 if TYPE_CHECKING:
     import ucxx._lib.libucxx as core
@@ -45,6 +47,8 @@ CONTROL_SLOTS = 16  # posted ahead for each link; more pieces wait in UCX
 WATCHDOG_S = 0.03  # UCX and UCXX speak of lost wake-ups; only while something is pending
 TURN_S = 0.002  # of progress, then other work of the loop gets its turn
 CLOSE_S = 1.0
+ANSWERED_MAX = 32  # a shared-memory queue has 256 places for all who answer one peer
+EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
 # Before the first import of ucxx. Reasons and measurements: docs/ucx.md.
 SETTINGS = {
     "UCX_MM_ERROR_HANDLING": "y",  # else two processes of one host talk over tcp only: 1 GB/s instead of 10
@@ -58,6 +62,7 @@ SETTINGS = {
 _HELLO = struct.Struct("<8sIII12x")
 _MAGIC = b"HOCKET1\0"
 _CONTROL_TAG = 1 << TAG_BITS
+_ANY_MESSAGE = (1 << 64) - (1 << TAG_BITS)  # mask: this connection, not control
 _CONNECTIONS_MAX = 1 << (63 - TAG_BITS)
 
 
@@ -81,6 +86,7 @@ class _Engine:
         self._completed: deque[Operation] = deque()
         self._handlers: dict[Operation, Callable[[Operation], None]] = {}
         self._idle: set[Operation] = set()  # receives that may wait for ever
+        self.expecting: dict[UcxLink, None] = {}  # with receives that no message has come for
         self._greetings: list[tuple[core.UCXRequest, asyncio.Future[None]]] = []
         self._connections = itertools.count(int.from_bytes(os.urandom(2), "little"))
         self.links: dict[int, UcxLink] = {}
@@ -98,13 +104,19 @@ class _Engine:
     ) -> Operation:
         return self._begun(self.ucp.send(endpoint, tag, buffers, self._completed), on_end)
 
-    def receive(
-        self, tag: int, buffers: Sequence[Buffer], on_end: Callable[[Operation], None], *, is_idle: bool = False
-    ) -> Operation:
-        operation = self.ucp.receive(self.worker.handle, tag, buffers, self._completed)
-        if is_idle:
-            self._idle.add(operation)
+    def receive_some_time(self, tag: int, buffer: Buffer, on_end: Callable[[Operation], None]) -> Operation:
+        """Post a receive that may wait for ever."""
+        operation = self.ucp.receive(self.worker.handle, tag, [buffer], self._completed)
+        self._idle.add(operation)
         return self._begun(operation, on_end)
+
+    def arrived(self, tag: int) -> Arrived | None:
+        return self.ucp.arrived(self.worker.handle, tag, _ANY_MESSAGE)
+
+    def receive_arrived(
+        self, arrived: Arrived, buffers: Sequence[Buffer], on_end: Callable[[Operation], None]
+    ) -> Operation:
+        return self._begun(self.ucp.receive_arrived(self.worker.handle, arrived, buffers, self._completed), on_end)
 
     def cancel(self, operation: Operation) -> None:
         self.ucp.cancel(self.worker.handle, operation)
@@ -132,9 +144,11 @@ class _Engine:
         while self.worker.progress_once() and time.perf_counter() < deadline:
             pass
         self._tell()
+        for link in list(self.expecting):
+            link.take_arrived()
         if not self.worker.arm():
             self.kick()
-        is_pending = len(self._handlers) > len(self._idle) or self._greetings
+        is_pending = len(self._handlers) > len(self._idle) or self.expecting or self._greetings
         if is_pending and self._watchdog is None:
             self._watchdog = self.loop.call_later(WATCHDOG_S, self._watch)
 
@@ -201,6 +215,8 @@ class UcxLink:
         self._in_tag, self._out_tag = mine << (TAG_BITS + 1), theirs << (TAG_BITS + 1)
         self._transport = f"ucx({','.join(engine.ucp.transports(self._handle))})"
         self._sends: dict[Operation, _Posted] = {}
+        self._waiting: dict[int, _Posted] = {}  # by tag: nothing has come yet
+        self._early: dict[int, Arrived] = {}  # by tag: nothing was posted yet
         self._receives: dict[Operation, _Posted] = {}
         self._controls_out: set[Operation] = set()
         self._controls_in: deque[tuple[Operation, Buffer]] = deque()
@@ -243,12 +259,10 @@ class UcxLink:
 
     def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         self._check_alive()
-        posted = _Posted(done, sum(buffer.nbytes for buffer in buffers), buffers)
-        if posted.total_bytes < RNDV_BYTES:
-            posted.bounce = np.empty(posted.total_bytes, np.uint8)
-        places = buffers if posted.bounce is None else [posted.bounce]
-        operation = self._engine.receive(self._in_tag | tag, places, self._on_received)
-        self._receives[operation] = posted
+        assert tag not in self._waiting, f"tag {tag} is posted already"
+        self._waiting[tag] = _Posted(done, sum(buffer.nbytes for buffer in buffers), buffers)
+        self._engine.expecting[self] = None
+        self._engine.kick()
 
     def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
         self._on_control, self._on_lost = on_control, on_lost
@@ -283,6 +297,38 @@ class UcxLink:
 
     # What UCX reports.
 
+    def take_arrived(self) -> None:
+        """Receive what has come, as many at a time as we may answer."""
+        for tag in [tag for tag in self._waiting if tag in self._early] if self._early else ():
+            if len(self._receives) < ANSWERED_MAX:
+                self._receive(self._waiting.pop(tag), self._early.pop(tag))
+        while self._waiting and len(self._receives) < ANSWERED_MAX and self._error is None:
+            arrived = self._engine.arrived(self._in_tag)
+            if arrived is None:
+                break
+            tag = arrived.tag & (_CONTROL_TAG - 1)
+            if posted := self._waiting.pop(tag, None):
+                self._receive(posted, arrived)
+            elif len(self._early) == EARLY_MAX or tag in self._early:
+                self._lose(LinkLost(f"{self._peer} sent messages that nobody expects"))
+            else:
+                self._early[tag] = arrived
+        if not self._waiting:
+            self._engine.expecting.pop(self, None)
+
+    def _receive(self, posted: _Posted, arrived: Arrived) -> None:
+        places = posted.buffers
+        if arrived.length_bytes > posted.total_bytes:
+            # It cannot be received, only refused with its link; the receive ends there like all others.
+            self._waiting[arrived.tag & (_CONTROL_TAG - 1)] = posted
+            error = f"{self._peer} sent {arrived.length_bytes} B for a receive of {posted.total_bytes} B"
+            self._lose(LinkLost(error))
+            return
+        if arrived.length_bytes < RNDV_BYTES:
+            posted.bounce = np.empty(arrived.length_bytes, np.uint8)
+            places = [posted.bounce]
+        self._receives[self._engine.receive_arrived(arrived, places, self._on_received)] = posted
+
     def _on_closed(self) -> None:
         """From within progress, where nothing may be submitted."""
         self._engine.loop.call_soon(self._lose, LinkLost(f"{self._peer} closed the connection"))
@@ -294,9 +340,8 @@ class UcxLink:
         self._check_over()
 
     def _on_sent(self, operation: Operation) -> None:
-        posted = self._sends.pop(operation)
-        error = self._fail(operation) if operation.status else None
-        posted.done(error)
+        if posted := self._sends.pop(operation, None):
+            posted.done(self._fail(operation) if operation.status else None)
         self._check_over()
 
     def _on_received(self, operation: Operation) -> None:
@@ -334,7 +379,7 @@ class UcxLink:
     def _post_control(self) -> None:
         slot = np.empty(CONTROL_PIECE_BYTES, np.uint8)
         tag = self._in_tag | _CONTROL_TAG
-        operation = self._engine.receive(tag, [slot], self._on_control_received, is_idle=True)
+        operation = self._engine.receive_some_time(tag, slot, self._on_control_received)
         self._controls_in.append((operation, slot))
 
     def _on_control_received(self, _operation: Operation) -> None:
@@ -364,16 +409,24 @@ class UcxLink:
         if self._error:
             return
         self._error = error
+        # First the receives: closing makes progress, and a rendezvous that begins on a closing endpoint never ends.
+        for operation, _ in self._controls_in:
+            self._engine.cancel(operation)
+        self._engine.expecting.pop(self, None)
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
             endpoint.remove_close_callback()
             endpoint.close_blocking()
-        for operation in [*self._receives, *(operation for operation, _ in self._controls_in)]:
-            self._engine.cancel(operation)
-        for operation, posted in list(self._receives.items()):
-            if posted.bounce is not None:
-                del self._receives[operation]
-                posted.done(error)
+        # Safe at once are receives that were never matched, or have a bounce buffer; and sends, because what is read late
+        # belongs to a transfer that cannot land any more. UCX's own references stay until each operation ends.
+        safe = [*self._waiting.values(), *self._sends.values()]
+        safe += [posted for posted in self._receives.values() if posted.bounce is not None]
+        self._receives = {op: posted for op, posted in self._receives.items() if posted.bounce is None}
+        self._waiting.clear()
+        self._sends.clear()
+        self._controls_out.clear()
+        for posted in safe:
+            posted.done(error)
         self._engine.kick()
         self._check_over()
 
@@ -381,7 +434,7 @@ class UcxLink:
         self._is_flushed.set()
         if self._error is None or self._is_over.is_set():
             return
-        if self._sends or self._receives or self._controls_out:
+        if self._receives:
             return
         self._is_over.set()
         del self._engine.links[self._mine]
