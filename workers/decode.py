@@ -86,11 +86,13 @@ class DecodeWorker:
                 subscriptions.append(await self._bus.subscribe(subjects.cancel(self._pool), self._on_cancel))
                 subscriptions.append(await self._bus.subscribe(jobs, self._on_job))
                 self.listening.set()
-                await asyncio.Event().wait()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self._admission.is_draining = True  # The group takes no more tasks.
         except* EngineDead as errors:
             raise EngineDead(str(errors.exceptions[0])) from errors
         finally:
-            self._admission.is_draining = True
             for subscription in subscriptions:
                 await subscription.unsubscribe()
             await self._outbox.aclose()

@@ -33,7 +33,7 @@ from ..bus.messages import (
 )
 from ..transport.base import HandoffKey
 from .attempts import RecentAttempts
-from .engines.base import BadTask, Engine, EngineDead, HandoffFailed, PrefillOutcome, PrefillTask
+from .engines.base import BadTask, Engine, EngineDead, EngineError, HandoffFailed, PrefillOutcome, PrefillTask
 from .throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class PrefillIntake:
         if is_done:
             self._done.note(job.request_id, job.attempt)
 
-    def failed(self, job: PrefillJob, error: HandoffFailed | BadTask, now_unix_s: float) -> GiveBack | Leave | Discard:
+    def failed(self, job: PrefillJob, error: EngineError, now_unix_s: float) -> GiveBack | Leave | Discard:
         """What becomes of a job that the engine could not do."""
         if self._cancelled.covers(job.request_id, job.attempt):
             return Discard("cancelled")
@@ -138,6 +138,8 @@ class PrefillIntake:
             return Discard(str(error), "bad_job")
         if job.deadline_unix_s <= now_unix_s:
             return Discard("its deadline has passed", "expired")
+        if not isinstance(error, HandoffFailed):
+            return GiveBack(str(error), RETRY_DELAY_S)
         match error.reason:
             case "refused:stale_attempt":
                 return Leave()
@@ -231,11 +233,13 @@ class PrefillWorker:
                 for slot in range(self._card.slots):
                     self._pulling.add(self._tasks.create_task(self._slot(), name=f"slot {slot}"))
                 self.listening.set()
-                await asyncio.Event().wait()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self._intake.is_draining = True  # The group takes no more tasks.
         except* EngineDead as errors:
             raise EngineDead(str(errors.exceptions[0])) from errors
         finally:
-            self._intake.is_draining = True
             for subscription in subscriptions:
                 await subscription.unsubscribe()
 
@@ -362,7 +366,9 @@ class PrefillWorker:
             outcome = run.task.result()
             computed_tokens = outcome.computed_tokens
             return outcome
-        except (HandoffFailed, BadTask) as error:
+        except EngineDead:
+            raise
+        except EngineError as error:
             return self._intake.failed(run.job, error, self._wall_clock())
         finally:
             if not run.task.done():

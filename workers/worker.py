@@ -153,7 +153,8 @@ class Worker:
         code = 0
         for task in broken:
             if task.done():
-                log.error("%s failed: %s", task.get_name(), task.exception() or task.result())
+                error = task.exception()
+                log.error("%s failed: %s", task.get_name(), error or task.result(), exc_info=error)
                 code = 1
         await self._end(serving)
         return code
