@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
 ]
 GONE_S = 2.0
 
@@ -75,6 +76,27 @@ async def test_a_killed_worker_process_ends_every_request_and_the_engine(demo_mo
         await engine.aclose()
     assert time.monotonic() - started_s < 5
     await wait_gone(engine.mark)
+
+
+async def test_a_closed_engine_fails_what_runs_and_what_comes(demo_model: Path) -> None:
+    engine = VllmEngine(engine_config("decode", demo_model), worker_id="decode", epoch=DECODE_EPOCH)
+    try:
+        await engine.start()
+        answer, sampling = Answer(), SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
+        task = DecodeTask("r", 1, random_prompt(10, 1), sampling, None, 1.0)
+        decode = asyncio.create_task(engine.decode(task, answer.steps.append))
+        async with asyncio.timeout(30):
+            while not answer.steps:
+                await asyncio.sleep(0.02)
+    finally:
+        started_s = time.monotonic()
+        await engine.aclose()
+    assert time.monotonic() - started_s < 5
+    with pytest.raises(EngineDead):
+        await decode
+    with pytest.raises(EngineDead):
+        await engine.decode(task, answer.steps.append)
+    assert not processes(engine.mark)
 
 
 async def test_when_the_front_end_is_killed_its_processes_go(demo_model: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 
 import pytest
-from vllm_rig import BLOCK_TOKENS, CHUNK_TOKENS, GREEDY, EnginePair, random_prompt
+from vllm_rig import BLOCK_TOKENS, CHUNK_TOKENS, DECODE_EPOCH, GREEDY, EnginePair, random_prompt
 
 from hocket.bus.block_hash import block_hashes_of
 from hocket.bus.messages import FINISH_LENGTH, FINISH_STOP, BlockStored, KvEvent, SamplingParams
@@ -182,6 +182,12 @@ async def test_kv_of_another_layout_is_refused_at_once(pair: EnginePair) -> None
         with pytest.raises(HandoffFailed, match="refused:"):
             await pair.prefill(prompt, token, fingerprint="0" * 32)
     assert decode.result().tokens == reference.tokens
+    await pair.wait_blocks_free()
+
+
+async def test_a_job_for_another_incarnation_is_refused(pair: EnginePair) -> None:
+    with pytest.raises(HandoffFailed, match="refused:wrong_epoch"):
+        await pair.prefill(random_prompt(50, 15), os.urandom(16), epoch=DECODE_EPOCH + 1)
     await pair.wait_blocks_free()
 
 

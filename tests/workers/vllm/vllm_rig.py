@@ -100,12 +100,13 @@ class EnginePair:
         *,
         scheme: str = "tcp",
         fingerprint: str | None = None,
+        epoch: int = DECODE_EPOCH,
         timeout_s: float = 60.0,
     ) -> PrefillOutcome:
         key = HandoffKey(token, 1, 1)
         fingerprint = self.decode_info.fingerprint if fingerprint is None else fingerprint
         return await self.prefill_engine.prefill(
-            PrefillTask("r", key, prompt, self.addresses(scheme), DECODE_EPOCH, fingerprint, timeout_s)
+            PrefillTask("r", key, prompt, self.addresses(scheme), epoch, fingerprint, timeout_s)
         )
 
     async def hand_off(

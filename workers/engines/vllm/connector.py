@@ -8,6 +8,7 @@ this module, too, and asks the class methods; it never makes one.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         transfer = vllm_config.kv_transfer_config
         self._extra: dict[str, Any] = transfer.kv_connector_extra_config  # Any: plain data of `engine_args.py`.
         is_scheduler = role == KVConnectorRole.SCHEDULER
+        # Ctrl-C reaches the whole foreground group; the front end decides when the engine ends. vLLM's handler is set by now.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._scheduler: SchedulerCore | None = None
         self._worker: WorkerSide | None = None
         if is_scheduler:

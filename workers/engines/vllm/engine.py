@@ -83,7 +83,6 @@ class VllmEngine:
         self._ready: asyncio.Future[Ready] | None = None
         self._unfit = ""
         self._dead: asyncio.Future[EngineDead] | None = None
-        self._is_closing = False
         self._info: EngineInfo | None = None
         self._stats = _Stats()
         self._ends = _Ends()
@@ -180,7 +179,7 @@ class VllmEngine:
 
     async def aclose(self) -> None:
         """Leave no process behind. Bounded (5 s), also after a failure."""
-        self._is_closing = True
+        self._die(EngineDead("the engine was closed"))
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -248,9 +247,12 @@ class VllmEngine:
                 _resolve(self._ends.receives.pop(note.token, None), note)
 
     def _on_channel_lost(self, side: str) -> None:
-        if self._is_closing or self._dead is None or self._dead.done():
+        self._die(EngineDead(f"vllm's {side} process ended"))
+
+    def _die(self, error: EngineDead) -> None:
+        """Fail what runs and what comes; the first reason stays."""
+        if self._dead is None or self._dead.done():
             return
-        error = EngineDead(f"vllm's {side} process ended")
         self._dead.set_result(error)
         if self._llm is not None:
             versions.end_all_requests(self._llm)

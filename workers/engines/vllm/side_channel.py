@@ -22,6 +22,7 @@ from ....transport.layout import KvLayout
 log = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
 _CONNECT_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 1.0
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -181,7 +182,8 @@ class ConnectorEnd:
         self._socket.connect(path)
         self._socket.settimeout(None)
         self.send(Hello(side, os.getpid()))
-        threading.Thread(target=self._read, name="hocket-side-channel", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="hocket-side-channel", daemon=True)
+        self._reader.start()
 
     def send(self, note: Note) -> None:
         """Hand `note` to the kernel. Blocks only when the front end is stuck for thousands of notes."""
@@ -199,6 +201,8 @@ class ConnectorEnd:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # The other side was faster.
+        self._reader.join(_CLOSE_TIMEOUT_S)
+        self._socket.close()
 
     def _read(self) -> None:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # Not on the compute cores, see EndpointThread.
