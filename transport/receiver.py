@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
 
 from . import frames
 from .base import Expectation, HandoffKey, ReceiveEnd
@@ -37,74 +36,11 @@ from .handoff import (
     SendFrame,
     Tick,
 )
+from .reception import Claim, Grant, ReceivedChunk, Reception
 
 log = logging.getLogger(__name__)
 SPENT_TOKENS_MAX = 1 << 14
 HELD_CLAIMS_MAX = 1 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class _Claim:
-    link: LinkId
-    key: HandoffKey
-    blocks: int
-    expires_at: float
-
-
-@dataclass(slots=True)
-class _Chunk:
-    block_ids: tuple[int, ...]
-    here: dict[int, int] = field(default_factory=dict)  # layer -> digest of what arrived
-    sent: tuple[int, ...] | None = None  # digest of each layer as the sender read it
-    is_broken: bool = False  # a message was short or failed
-
-    @property
-    def is_wrong(self) -> bool:
-        if self.sent is None:
-            return False
-        return self.is_broken or any(self.sent[layer] != digest for layer, digest in self.here.items())
-
-    def is_good(self, layers: int) -> bool:
-        return not self.is_broken and self.sent is not None and len(self.here) == layers and not self.is_wrong
-
-
-@dataclass(slots=True)
-class _Grant:
-    link: LinkId
-    key: HandoffKey
-    transfer: int
-    base: int  # good blocks of the expectation when it was granted
-    next_block: int  # logical, where the next chunk must begin
-    chunks: list[_Chunk] = field(default_factory=list)
-    posted: int = 0  # receives that are not done
-    hashing: int = 0
-    is_done: bool = False  # the sender said that every chunk was announced
-    is_drained: bool = False  # nothing more will be announced, and what was has been sent; or the link is gone
-    stop_at: float | None = None  # told to stop; the link is aborted then
-    failure: str = ""
-
-    @property
-    def is_over(self) -> bool:
-        is_closed = self.is_drained or (self.stop_at is not None and self.is_done)
-        return is_closed and not self.posted and not self.hashing
-
-
-@dataclass(slots=True)
-class _Reception:
-    expectation: Expectation
-    deadline: float
-    reclaim_by: float
-    newest: tuple[int, int] = (0, 0)  # (attempt, delivery) that was granted last
-    good: int = 0  # leading blocks verified in every layer
-    kv_bytes: int = 0
-    grant: _Grant | None = None
-    successor: _Claim | None = None
-    ending: str = ""
-    failure: str = "timeout"
-
-    @property
-    def end_block(self) -> int:
-        return self.expectation.first_block + len(self.expectation.block_ids)
 
 
 class Receiver:
@@ -114,9 +50,9 @@ class Receiver:
         self._layer_block_bytes = layer_block_bytes
         self._fingerprint = fingerprint
         self._epoch = epoch
-        self._receptions: dict[bytes, _Reception] = {}
-        self._transfers: dict[int, _Reception] = {}
-        self._held: dict[bytes, _Claim] = {}
+        self._receptions: dict[bytes, Reception] = {}
+        self._transfers: dict[int, Reception] = {}
+        self._held: dict[bytes, Claim] = {}
         self._spent: OrderedDict[bytes, bool] = OrderedDict()  # token -> has it landed
         self._watch = LinkWatch()
         self._last_transfer = 0
@@ -167,12 +103,12 @@ class Receiver:
         if len(set(expectation.block_ids)) != len(expectation.block_ids):
             raise ValueError("a block is named twice")
         deadline = now + expectation.timeout_s
-        reception = _Reception(expectation, deadline, reclaim_by=deadline)
+        reception = Reception(expectation, deadline, reclaim_by=deadline)
         self._receptions[expectation.token] = reception
         if claim := self._held.pop(expectation.token, None):
             self._offer(reception, claim, now)
 
-    def _finish(self, reception: _Reception, reason: str, now: float) -> None:
+    def _finish(self, reception: Reception, reason: str, now: float) -> None:
         """End it unlanded, as soon as its blocks are safe."""
         if reception.ending:
             return
@@ -220,7 +156,7 @@ class Receiver:
             case _:
                 pass
 
-    def _granted(self, link: LinkId, transfer: int) -> tuple[_Reception, _Grant] | None:
+    def _granted(self, link: LinkId, transfer: int) -> tuple[Reception, Grant] | None:
         """The live grant a frame speaks of; None for one that is over (its frames may still be on the way)."""
         reception = self._transfers.get(transfer)
         if reception is None or reception.grant is None or reception.grant.link != link:
@@ -239,12 +175,12 @@ class Receiver:
             # Its sender died, or the link, between our Landed and its ack: the job is done all the same.
             self._out.append(SendFrame(link, frames.Landed(frame.key)))
             return None
-        claim = _Claim(link, key, frame.blocks, now + HOLD_S)
+        claim = Claim(link, key, frame.blocks, now + HOLD_S)
         if reception := self._receptions.get(key.token):
             return self._offer(reception, claim, now)
         return self._hold(claim)
 
-    def _hold(self, claim: _Claim) -> None:
+    def _hold(self, claim: Claim) -> None:
         held = self._held.get(claim.key.token)
         if held is None and len(self._held) >= HELD_CLAIMS_MAX:
             return self._refuse(claim.link, claim.key, "busy")
@@ -256,7 +192,7 @@ class Receiver:
         self._held[claim.key.token] = claim
         return None
 
-    def _offer(self, reception: _Reception, claim: _Claim, now: float) -> None:
+    def _offer(self, reception: Reception, claim: Claim, now: float) -> None:
         """Grant a claim now, after the older writer has stopped, or never."""
         grant, successor = reception.grant, reception.successor
         if reception.ending:
@@ -276,12 +212,12 @@ class Receiver:
         self._stop(grant, "replaced", now)
         return self._settle(reception, now)
 
-    def _grant(self, reception: _Reception, claim: _Claim, now: float) -> None:
+    def _grant(self, reception: Reception, claim: Claim, now: float) -> None:
         self._last_transfer = (self._last_transfer + 1) % frames.TRANSFERS_MAX
         while self._last_transfer in self._transfers:
             self._last_transfer = (self._last_transfer + 1) % frames.TRANSFERS_MAX
         skip = reception.expectation.first_block + reception.good
-        reception.grant = _Grant(claim.link, claim.key, self._last_transfer, reception.good, next_block=skip)
+        reception.grant = Grant(claim.link, claim.key, self._last_transfer, reception.good, next_block=skip)
         reception.newest = _order(claim.key)
         reception.reclaim_by = reception.deadline
         self._transfers[self._last_transfer] = reception
@@ -290,14 +226,14 @@ class Receiver:
         frame = frames.Grant(wire_key, self._last_transfer, skip_blocks=skip, end_block=reception.end_block)
         self._out.append(SendFrame(claim.link, frame))
 
-    def _on_chunk_start(self, reception: _Reception, grant: _Grant, frame: frames.ChunkStart) -> None:
+    def _on_chunk_start(self, reception: Reception, grant: Grant, frame: frames.ChunkStart) -> None:
         end = frame.first_block + frame.blocks
         is_next = frame.chunk == len(grant.chunks) and frame.first_block == grant.next_block
         if not is_next or end > reception.end_block or grant.is_done or grant.is_drained:
             self._drop(grant, f"chunk {frame.chunk} of blocks {frame.first_block}..{end} is out of place")
             return
         first = frame.first_block - reception.expectation.first_block
-        chunk = _Chunk(reception.expectation.block_ids[first : first + frame.blocks])
+        chunk = ReceivedChunk(reception.expectation.block_ids[first : first + frame.blocks])
         grant.chunks.append(chunk)
         grant.next_block = end
         # Also while it is being stopped: the blocks are still ours to be written, and each message must find its receive.
@@ -306,7 +242,7 @@ class Receiver:
             grant.posted += 1
             self._out.append(PostReceive(message, chunk.block_ids))
 
-    def _on_chunk_done(self, reception: _Reception, grant: _Grant, frame: frames.ChunkDone, now: float) -> None:
+    def _on_chunk_done(self, reception: Reception, grant: Grant, frame: frames.ChunkDone, now: float) -> None:
         layers = len(self._layer_block_bytes)
         if frame.chunk >= len(grant.chunks) or len(frame.digests) != 8 * layers:
             self._drop(grant, f"digests of chunk {frame.chunk} are out of place")
@@ -315,7 +251,7 @@ class Receiver:
         grant.chunks[frame.chunk].sent = tuple(int.from_bytes(digest, "little") for digest in digests)
         self._settle(reception, now)
 
-    def _on_done(self, reception: _Reception, grant: _Grant, now: float) -> None:
+    def _on_done(self, reception: Reception, grant: Grant, now: float) -> None:
         if grant.next_block != reception.end_block or any(chunk.sent is None for chunk in grant.chunks):
             self._drop(grant, f"done at block {grant.next_block} of {reception.end_block}")
             return
@@ -408,13 +344,13 @@ class Receiver:
 
     # How a grant and a reception end.
 
-    def _stop(self, grant: _Grant, reason: frames.CancelReason, now: float) -> None:
+    def _stop(self, grant: Grant, reason: frames.CancelReason, now: float) -> None:
         if grant.stop_at is not None or grant.is_drained:
             return
         grant.stop_at = now + DRAIN_S
         self._out.append(SendFrame(grant.link, frames.CancelTransfer(grant.transfer, reason)))
 
-    def _drop(self, grant: _Grant, why: str) -> None:
+    def _drop(self, grant: Grant, why: str) -> None:
         """A peer broke the protocol: no word of its is worth waiting for."""
         log.warning("dropped a link: %s", why)
         grant.failure = grant.failure or "sender_failed"
@@ -422,7 +358,7 @@ class Receiver:
             grant.stop_at = float("inf")
             self._out.append(AbortLink(grant.link, why))
 
-    def _settle(self, reception: _Reception, now: float) -> None:
+    def _settle(self, reception: Reception, now: float) -> None:
         """Draw the conclusions of whatever has just changed."""
         if grant := reception.grant:
             self._count_good(reception, grant)
@@ -442,7 +378,7 @@ class Receiver:
             reception.successor = None
             self._offer(reception, successor, now)
 
-    def _count_good(self, reception: _Reception, grant: _Grant) -> None:
+    def _count_good(self, reception: Reception, grant: Grant) -> None:
         good = grant.base
         for chunk in grant.chunks:
             if not chunk.is_good(len(self._layer_block_bytes)):
@@ -450,7 +386,7 @@ class Receiver:
             good += len(chunk.block_ids)
         reception.good = good
 
-    def _release(self, reception: _Reception, grant: _Grant, now: float) -> None:
+    def _release(self, reception: Reception, grant: Grant, now: float) -> None:
         """No writer can reach the blocks any more; they wait for the next claim."""
         del self._transfers[grant.transfer]
         reception.grant = None
@@ -458,7 +394,7 @@ class Receiver:
         if reception.failure in ("digest", "sender_failed"):
             reception.reclaim_by = min(reception.deadline, now + RECLAIM_S)
 
-    def _land(self, reception: _Reception, grant: _Grant) -> None:
+    def _land(self, reception: Reception, grant: Grant) -> None:
         del self._transfers[grant.transfer]
         reception.grant = None
         self._out.append(SendFrame(grant.link, frames.Landed(frames.WireKey.of(grant.key))))
@@ -466,7 +402,7 @@ class Receiver:
             self._out.append(SendFrame(successor.link, frames.Landed(frames.WireKey.of(successor.key))))
         self._end(reception, is_landed=True)
 
-    def _end(self, reception: _Reception, *, is_landed: bool, reason: str = "") -> None:
+    def _end(self, reception: Reception, *, is_landed: bool, reason: str = "") -> None:
         token = reception.expectation.token
         del self._receptions[token]
         self._spent[token] = is_landed

@@ -16,13 +16,9 @@ engine idles at 0.01 % of a core. The libucx of PyPI has no RDMA; a system or co
 from __future__ import annotations
 
 import asyncio
-import functools
-import itertools
 import logging
-import os
 import socket
 import struct
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,162 +31,21 @@ from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError, TransportUnavailable
 from ..frames import FRAME_BYTES_MAX, TAG_BITS
 from .addresses import join_address, split_address
-from .ucp import Arrived, Operation, Ucp
+from .ucp import Arrived, Operation
+from .ucx_engine import CONNECTIONS_MAX, RNDV_BYTES, Engine
 
 if TYPE_CHECKING:
     import ucxx._lib.libucxx as core
 
 log = logging.getLogger(__name__)
-RNDV_BYTES = 16 << 10
 CONTROL_PIECE_BYTES = 8 << 10
 CONTROL_SLOTS = 16  # posted ahead for each link; more pieces wait in UCX
-WATCHDOG_S = 0.03  # UCX and UCXX speak of lost wake-ups; only while something is pending
-TURN_S = 0.002  # of progress, then other work of the loop gets its turn
 CLOSE_S = 1.0
 ANSWERED_MAX = 32  # a shared-memory queue has 256 places for all who answer one peer
 EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
-# Before the first import of ucxx. Reasons and measurements: docs/ucx.md.
-SETTINGS = {
-    "UCX_MM_ERROR_HANDLING": "y",  # else two processes of one host talk over tcp only: 1 GB/s instead of 10
-    "UCX_TCP_TX_SEG_SIZE": "256K",
-    "UCX_TCP_RX_SEG_SIZE": "256K",
-    "UCX_RNDV_FRAG_SIZE": "host:4M,cuda:4M",
-    "UCX_RNDV_THRESH": str(RNDV_BYTES),
-    "UCX_KEEPALIVE_INTERVAL": "1s",
-    "UCX_WARN_UNUSED_ENV_VARS": "n",  # ucxx's own variable makes UCX print a warning to stdout
-}
 _HELLO = struct.Struct("<8sIII12x")
 _MAGIC = b"HOCKET1\0"
 _CONTROL_TAG = 1 << TAG_BITS
-_ANY_MESSAGE = (1 << 64) - (1 << TAG_BITS)  # mask: this connection, not control
-_CONNECTIONS_MAX = 1 << (63 - TAG_BITS)
-
-
-class _Engine:
-    """One UCX context and worker, progressed when its fd says so."""
-
-    def __init__(self) -> None:
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
-        try:
-            import ucxx._lib.libucxx as core  # Optional, and 0.7 s.
-        except (ImportError, OSError) as error:
-            raise TransportUnavailable(f"ucxx cannot be imported ({error}); install ucxx-cu12 or ucxx-cu13") from error
-        self.core = core
-        self.ucp = Ucp()
-        self.loop = asyncio.get_running_loop()
-        self._context = core.UCXContext({}, (core.Feature.TAG, core.Feature.STREAM, core.Feature.WAKEUP))
-        self.worker = core.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
-        self.worker.init_blocking_progress_mode()
-        self._fd = self.worker.epoll_file_descriptor
-        self._completed: deque[Operation] = deque()
-        self._handlers: dict[Operation, Callable[[Operation], None]] = {}
-        self._idle: set[Operation] = set()  # receives that may wait for ever
-        self.expecting: dict[UcxLink, None] = {}  # with receives that no message has come for
-        self._greetings: list[tuple[core.UCXRequest, asyncio.Future[None]]] = []
-        self._connections = itertools.count(int.from_bytes(os.urandom(2), "little"))
-        self.links: dict[int, UcxLink] = {}
-        self._is_kicked = False
-        self._watchdog: asyncio.TimerHandle | None = None
-        self.is_closed = False
-        self.loop.add_reader(self._fd, self.pump)
-
-    def new_connection(self) -> int:
-        """A connection id that is in no tag of this worker."""
-        return next(number for n in self._connections if (number := n % _CONNECTIONS_MAX) not in self.links)
-
-    def send(
-        self, endpoint: int, tag: int, buffers: Sequence[Buffer], on_end: Callable[[Operation], None]
-    ) -> Operation:
-        return self._begun(self.ucp.send(endpoint, tag, buffers, self._completed), on_end)
-
-    def receive_some_time(self, tag: int, buffer: Buffer, on_end: Callable[[Operation], None]) -> Operation:
-        """Post a receive that may wait for ever."""
-        operation = self.ucp.receive(self.worker.handle, tag, [buffer], self._completed)
-        self._idle.add(operation)
-        return self._begun(operation, on_end)
-
-    def arrived(self, tag: int) -> Arrived | None:
-        return self.ucp.arrived(self.worker.handle, tag, _ANY_MESSAGE)
-
-    def receive_arrived(
-        self, arrived: Arrived, buffers: Sequence[Buffer], on_end: Callable[[Operation], None]
-    ) -> Operation:
-        return self._begun(self.ucp.receive_arrived(self.worker.handle, arrived, buffers, self._completed), on_end)
-
-    def cancel(self, operation: Operation) -> None:
-        self.ucp.cancel(self.worker.handle, operation)
-        self.kick()
-
-    def greet(self, request: core.UCXRequest) -> asyncio.Future[None]:
-        """Wait for one of UCXX's own requests."""
-        future: asyncio.Future[None] = self.loop.create_future()
-        self._greetings.append((request, future))
-        self.kick()
-        return future
-
-    def kick(self) -> None:
-        """Progress soon; after every submission, because the fd is armed only at the end of a pump."""
-        if not self._is_kicked and not self.is_closed:
-            self._is_kicked = True
-            self.loop.call_soon(self.pump)
-
-    def pump(self) -> None:
-        """Progress, tell what has ended, arm: in this order, or a wake-up is lost."""
-        self._is_kicked = False
-        if self.is_closed:
-            return
-        deadline = time.perf_counter() + TURN_S
-        while self.worker.progress_once() and time.perf_counter() < deadline:
-            pass
-        self._tell()
-        for link in list(self.expecting):
-            link.take_arrived()
-        if not self.worker.arm():
-            self.kick()
-        is_pending = len(self._handlers) > len(self._idle) or self.expecting or self._greetings
-        if is_pending and self._watchdog is None:
-            self._watchdog = self.loop.call_later(WATCHDOG_S, self._watch)
-
-    def close(self) -> None:
-        self.loop.remove_reader(self._fd)
-        self.is_closed = True
-        if self._watchdog:
-            self._watchdog.cancel()
-        self._handlers.clear()
-        del self.worker, self._context
-
-    def _begun(self, operation: Operation, on_end: Callable[[Operation], None]) -> Operation:
-        self._handlers[operation] = on_end
-        self.kick()
-        return operation
-
-    def _watch(self) -> None:
-        self._watchdog = None
-        self.pump()
-
-    def _tell(self) -> None:
-        while self._completed:
-            operation = self._completed.popleft()
-            self.ucp.free(operation)
-            self._idle.discard(operation)
-            self._handlers.pop(operation)(operation)
-        if self._greetings:
-            greetings, self._greetings = self._greetings, []
-            for request, future in greetings:
-                if not request.completed:
-                    self._greetings.append((request, future))
-                elif not future.done():
-                    _settle(request, future)
-
-
-def _settle(request: core.UCXRequest, future: asyncio.Future[None]) -> None:
-    try:
-        request.check_error()
-    except Exception as error:  # UCXX has a class for each status and no common base.
-        future.set_exception(LinkLost(str(error)))
-    else:
-        future.set_result(None)
 
 
 @dataclass(eq=False, slots=True)
@@ -206,7 +61,7 @@ class _Posted:
 class UcxLink:
     """One endpoint with its two connection ids."""
 
-    def __init__(self, engine: _Engine, endpoint: core.UCXEndpoint, peer: str, mine: int, theirs: int) -> None:
+    def __init__(self, engine: Engine, endpoint: core.UCXEndpoint, peer: str, mine: int, theirs: int) -> None:
         self._engine = engine
         self._endpoint: core.UCXEndpoint | None = endpoint
         self._handle = endpoint.handle
@@ -227,7 +82,7 @@ class UcxLink:
         self._is_flushed = asyncio.Event()
         self._on_control: ControlHandler | None = None
         self._on_lost: LostHandler | None = None
-        engine.links[mine] = self
+        engine.connections[mine] = self
 
     @property
     def peer(self) -> str:
@@ -274,7 +129,7 @@ class UcxLink:
         assert self._endpoint
         try:
             self._endpoint.set_close_callback(self._on_closed)
-        except RuntimeError:  # It has closed meanwhile.
+        except self._engine.errors:  # It has closed meanwhile.
             self._on_closed()
 
     async def abort(self) -> None:
@@ -437,13 +292,13 @@ class UcxLink:
         if self._receives:
             return
         self._is_over.set()
-        del self._engine.links[self._mine]
+        del self._engine.connections[self._mine]
         if self._on_lost:
             self._on_lost(self._error)
 
 
 class UcxListener:
-    def __init__(self, engine: _Engine, host: str, on_link: Callable[[LinkContract], None]) -> None:
+    def __init__(self, engine: Engine, host: str, on_link: Callable[[LinkContract], None]) -> None:
         self._engine = engine
         self._on_link = on_link
         self._tasks: set[asyncio.Task[None]] = set()
@@ -481,34 +336,29 @@ class UcxListener:
         self._on_link(link)
 
 
-async def _greet(engine: _Engine, endpoint: core.UCXEndpoint, peer: str, *, timeout_s: float) -> UcxLink:
+async def _greet(engine: Engine, endpoint: core.UCXEndpoint, peer: str, *, timeout_s: float) -> UcxLink:
     """Exchange connection ids over the endpoint's stream, which unlike tags belongs to the endpoint."""
     mine = engine.new_connection()
     out = np.frombuffer(bytearray(_HELLO.pack(_MAGIC, mine, RNDV_BYTES, CONTROL_PIECE_BYTES)), np.uint8)
     arrived = np.zeros(_HELLO.size, np.uint8)
-    array = functools.partial(_array, engine)
     try:
         async with asyncio.timeout(timeout_s):
-            sent = engine.greet(endpoint.stream_send(array(out)))
-            received = engine.greet(endpoint.stream_recv(array(arrived)))
+            sent = engine.greet(endpoint.stream_send(engine.array(out)))
+            received = engine.greet(endpoint.stream_recv(engine.array(arrived)))
             await sent
             await received
         magic, theirs, rndv_bytes, piece_bytes = _HELLO.unpack(arrived.tobytes())
-        if (magic, rndv_bytes, piece_bytes) != (_MAGIC, RNDV_BYTES, CONTROL_PIECE_BYTES) or theirs >= _CONNECTIONS_MAX:
+        if (magic, rndv_bytes, piece_bytes) != (_MAGIC, RNDV_BYTES, CONTROL_PIECE_BYTES) or theirs >= CONNECTIONS_MAX:
             raise LinkLost(f"{peer} speaks another version")
     except BaseException as error:
         endpoint.close_blocking()
         engine.kick()
         if isinstance(error, TimeoutError):
             raise LinkLost(f"no answer from {peer} within {timeout_s} s") from error
+        if isinstance(error, engine.errors):
+            raise LinkLost(f"lost {peer} while connecting: {error}") from error
         raise
     return UcxLink(engine, endpoint, peer, mine, theirs)
-
-
-def _array(engine: _Engine, buffer: Buffer) -> object:
-    from ucxx._lib.arr import Array  # Optional.
-
-    return Array(buffer)
 
 
 class UcxTransport:
@@ -517,14 +367,11 @@ class UcxTransport:
     scheme = "ucx"
 
     def __init__(self) -> None:
-        self._engine: _Engine | None = None
+        self._engine: Engine | None = None
 
     async def start(self) -> None:
         """Raises TransportUnavailable when UCXX is missing or UCX does not start."""
-        try:
-            self._engine = _Engine()
-        except RuntimeError as error:
-            raise TransportUnavailable(f"UCX did not start: {error}") from error
+        self._engine = Engine()
 
     async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> UcxListener:
         """UCXX's listener takes connections on every interface; `host` is only what the address says."""
@@ -538,20 +385,23 @@ class UcxTransport:
         try:
             async with asyncio.timeout_at(deadline):
                 found = await engine.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            endpoint = engine.core.UCXEndpoint.create(engine.worker, str(found[0][4][0]), port, True)
-        except (OSError, TimeoutError, RuntimeError) as error:
+        except OSError as error:
             raise LinkLost(f"no way to {address}: {error or 'timeout'}") from error
+        try:
+            endpoint = engine.core.UCXEndpoint.create(engine.worker, str(found[0][4][0]), port, True)
+        except engine.errors as error:
+            raise LinkLost(f"no way to {address}: {error}") from error
         engine.kick()
         return await _greet(engine, endpoint, address, timeout_s=deadline - engine.loop.time())
 
     async def aclose(self) -> None:
         if self._engine:
-            for link in list(self._engine.links.values()):
+            for link in list(self._engine.connections.values()):
                 await link.abort()
             self._engine.close()
             self._engine = None
 
-    def _running(self) -> _Engine:
+    def _running(self) -> Engine:
         if self._engine is None:
             raise TransportUnavailable("ucx was not started")
         return self._engine

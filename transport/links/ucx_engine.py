@@ -1,0 +1,180 @@
+"""One UCX context and worker, progressed by the loop when the worker's event fd says so.
+
+UCXX's own asyncio modes spin or wait in a thread; this idles at 0.01 % of a core and notices a killed peer in 2 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from ..base import Buffer
+from ..errors import LinkLost, TransportUnavailable
+from ..frames import TAG_BITS
+from .ucp import Arrived, Operation, Ucp
+
+if TYPE_CHECKING:
+    import ucxx._lib.libucxx as core
+
+RNDV_BYTES = 16 << 10  # from here on a message is offered before its bytes are written
+CONNECTIONS_MAX = 1 << (63 - TAG_BITS)
+WATCHDOG_S = 0.03  # UCX and UCXX speak of lost wake-ups; only while something is pending
+TURN_S = 0.002  # of progress, then other work of the loop gets its turn
+_ANY_MESSAGE = (1 << 64) - (1 << TAG_BITS)  # mask: this connection, not control
+# Before the first import of ucxx. Reasons and measurements: docs/ucx.md.
+SETTINGS = {
+    "UCX_MM_ERROR_HANDLING": "y",  # else two processes of one host talk over tcp only: 1 GB/s instead of 10
+    "UCX_TCP_TX_SEG_SIZE": "256K",
+    "UCX_TCP_RX_SEG_SIZE": "256K",
+    "UCX_RNDV_FRAG_SIZE": "host:4M,cuda:4M",
+    "UCX_RNDV_THRESH": str(RNDV_BYTES),
+    "UCX_KEEPALIVE_INTERVAL": "1s",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",  # ucxx's own variable makes UCX print a warning to stdout
+}
+
+
+class Connection(Protocol):
+    """A link of this engine."""
+
+    def take_arrived(self) -> None:
+        """Progress was made: offers may have come for receives that wait."""
+
+    async def abort(self) -> None: ...
+
+
+class Engine:
+    """One UCX context and worker, progressed when its fd says so."""
+
+    def __init__(self) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ucxx._lib.libucxx as core  # Optional, and 0.7 s.
+            from ucxx._lib.arr import Array
+            from ucxx.exceptions import UCXError
+        except (ImportError, OSError) as error:
+            raise TransportUnavailable(f"ucxx cannot be imported ({error}); install ucxx-cu12 or ucxx-cu13") from error
+        self.core = core
+        self.array: Callable[[Buffer], object] = Array
+        self.errors: tuple[type[Exception], ...] = (UCXError, RuntimeError)  # whatever UCXX may raise
+        self.ucp = Ucp()
+        self.loop = asyncio.get_running_loop()
+        try:
+            self._context = core.UCXContext({}, (core.Feature.TAG, core.Feature.STREAM, core.Feature.WAKEUP))
+            self.worker = core.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+            self.worker.init_blocking_progress_mode()
+        except self.errors as error:
+            raise TransportUnavailable(f"UCX did not start: {error}") from error
+        self._fd = self.worker.epoll_file_descriptor
+        self._completed: deque[Operation] = deque()
+        self._handlers: dict[Operation, Callable[[Operation], None]] = {}
+        self._idle: set[Operation] = set()  # receives that may wait for ever
+        self.expecting: dict[Connection, None] = {}  # with receives that no message has come for
+        self._greetings: list[tuple[core.UCXRequest, asyncio.Future[None]]] = []
+        self._connections = itertools.count(int.from_bytes(os.urandom(2), "little"))
+        self.connections: dict[int, Connection] = {}
+        self._is_kicked = False
+        self._watchdog: asyncio.TimerHandle | None = None
+        self.is_closed = False
+        self.loop.add_reader(self._fd, self.pump)
+
+    def new_connection(self) -> int:
+        """A connection id that is in no tag of this worker."""
+        return next(number for n in self._connections if (number := n % CONNECTIONS_MAX) not in self.connections)
+
+    def send(
+        self, endpoint: int, tag: int, buffers: Sequence[Buffer], on_end: Callable[[Operation], None]
+    ) -> Operation:
+        return self._begun(self.ucp.send(endpoint, tag, buffers, self._completed), on_end)
+
+    def receive_some_time(self, tag: int, buffer: Buffer, on_end: Callable[[Operation], None]) -> Operation:
+        """Post a receive that may wait for ever."""
+        operation = self.ucp.receive(self.worker.handle, tag, [buffer], self._completed)
+        self._idle.add(operation)
+        return self._begun(operation, on_end)
+
+    def arrived(self, tag: int) -> Arrived | None:
+        return self.ucp.arrived(self.worker.handle, tag, _ANY_MESSAGE)
+
+    def receive_arrived(
+        self, arrived: Arrived, buffers: Sequence[Buffer], on_end: Callable[[Operation], None]
+    ) -> Operation:
+        return self._begun(self.ucp.receive_arrived(self.worker.handle, arrived, buffers, self._completed), on_end)
+
+    def cancel(self, operation: Operation) -> None:
+        self.ucp.cancel(self.worker.handle, operation)
+        self.kick()
+
+    def greet(self, request: core.UCXRequest) -> asyncio.Future[None]:
+        """Wait for one of UCXX's own requests."""
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._greetings.append((request, future))
+        self.kick()
+        return future
+
+    def kick(self) -> None:
+        """Progress soon; after every submission, because the fd is armed only at the end of a pump."""
+        if not self._is_kicked and not self.is_closed:
+            self._is_kicked = True
+            self.loop.call_soon(self.pump)
+
+    def pump(self) -> None:
+        """Progress, tell what has ended, arm: in this order, or a wake-up is lost."""
+        self._is_kicked = False
+        if self.is_closed:
+            return
+        deadline = time.perf_counter() + TURN_S
+        while self.worker.progress_once() and time.perf_counter() < deadline:
+            pass
+        self._tell()
+        for link in list(self.expecting):
+            link.take_arrived()
+        if not self.worker.arm():
+            self.kick()
+        is_pending = len(self._handlers) > len(self._idle) or self.expecting or self._greetings
+        if is_pending and self._watchdog is None:
+            self._watchdog = self.loop.call_later(WATCHDOG_S, self._watch)
+
+    def close(self) -> None:
+        self.loop.remove_reader(self._fd)
+        self.is_closed = True
+        if self._watchdog:
+            self._watchdog.cancel()
+        self._handlers.clear()
+        del self.worker, self._context
+
+    def _begun(self, operation: Operation, on_end: Callable[[Operation], None]) -> Operation:
+        self._handlers[operation] = on_end
+        self.kick()
+        return operation
+
+    def _watch(self) -> None:
+        self._watchdog = None
+        self.pump()
+
+    def _tell(self) -> None:
+        while self._completed:
+            operation = self._completed.popleft()
+            self.ucp.free(operation)
+            self._idle.discard(operation)
+            self._handlers.pop(operation)(operation)
+        if self._greetings:
+            greetings, self._greetings = self._greetings, []
+            for request, future in greetings:
+                if not request.completed:
+                    self._greetings.append((request, future))
+                elif not future.done():
+                    self._settle(request, future)
+
+    def _settle(self, request: core.UCXRequest, future: asyncio.Future[None]) -> None:
+        try:
+            request.check_error()
+        except self.errors as error:
+            future.set_exception(LinkLost(str(error)))
+        else:
+            future.set_result(None)
