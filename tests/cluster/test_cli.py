@@ -14,6 +14,7 @@ import pytest
 
 from hocket.cluster import cli
 from hocket.cluster import config as cluster
+from hocket.cluster.model import DEMO_NAME, model_cache
 from hocket.cluster.settings import settings_of
 from hocket.router.config import RouterConfig
 from hocket.workers.config import WorkerConfig
@@ -179,3 +180,14 @@ def test_model_path_of_a_folder_imports_no_transformers(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout == f"{tmp_path}\nFalse\n"
+
+
+@pytest.mark.slow
+def test_a_worker_that_finds_no_server_exits_1_with_one_line_and_no_secret():
+    model = model_cache() / DEMO_NAME
+    url = "nats://someone:S3CRET-CANARY@127.0.0.1:1"
+    done = hocket("worker", "decode", "--engine", "sim", "--model", str(model), HOCKET_NATS=url)
+    assert done.returncode == 1
+    assert "cannot reach NATS at nats://127.0.0.1:1" in done.stderr.replace("someone:***@", "").replace("***@", "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "CANARY" not in done.stdout + done.stderr
