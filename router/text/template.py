@@ -1,0 +1,84 @@
+"""The chat template of a model, rendered as `transformers.apply_chat_template` does, without transformers.
+
+Templates come with the model and are code: they run in jinja2's immutable sandbox. Messages are data to them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class TemplateFailed(ValueError):
+    """The template refused these messages, or could not make sense of them."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; for serving it is nothing but its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike jinja2's own filter this does not escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens that it may name. Raises TemplateFailed when `source` does not compile."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        try:
+            template = _environment().from_string(source, globals=dict(special_tokens))
+        except jinja2.TemplateError as error:
+            raise TemplateFailed(f"the chat template does not compile: {error}") from error
+        self._render: Callable[..., str] = template.render
+        self._knows_developer = "developer" in source
+
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """The prompt up to where the assistant begins to speak. Raises TemplateFailed."""
+        if not self._knows_developer:
+            # Templates older than OpenAI's role "developer" mean the same thing by "system".
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        try:
+            return self._render(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise TemplateFailed(str(error) or type(error).__name__) from error
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            # What a template's own expressions raise; its text speaks of template variables, which helps nobody.
+            raise TemplateFailed("the model's chat template cannot render these messages") from error
