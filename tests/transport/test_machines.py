@@ -1,0 +1,144 @@
+"""What the machines do with time: held claims, their own pauses, spent tokens."""
+
+from __future__ import annotations
+
+from hocket.transport import frames
+from hocket.transport.base import Expectation, HandoffKey, SendOrder
+from hocket.transport.handoff import (
+    HOLD_S,
+    AbortLink,
+    Dial,
+    Emit,
+    Expect,
+    FrameReceived,
+    Instruction,
+    LinkId,
+    LinkUp,
+    OpenOrder,
+    SendFrame,
+    Tick,
+)
+from hocket.transport.receiver import HELD_CLAIMS_MAX, SPENT_TOKENS_MAX, Receiver
+from hocket.transport.sender import Sender
+
+FINGERPRINT = "0" * 32
+LINK = LinkId(1)
+
+
+def make_receiver() -> Receiver:
+    return Receiver(layer_block_bytes=(8, 8), fingerprint=FINGERPRINT, epoch=4)
+
+
+def claim(number: int = 0, *, delivery: int = 1, link: LinkId = LINK) -> FrameReceived:
+    key = HandoffKey(number.to_bytes(16, "little"), 1, delivery)
+    return FrameReceived(link, frames.Claim(frames.WireKey.of(key), 2, FINGERPRINT, 4))
+
+
+def expect(number: int = 0, timeout_s: float = 30.0) -> Expect:
+    return Expect(Expectation(number.to_bytes(16, "little"), 1, 0, (5, 6), timeout_s))
+
+
+def said(instructions: list[Instruction]) -> list[frames.Frame]:
+    return [instruction.frame for instruction in instructions if isinstance(instruction, SendFrame)]
+
+
+def test_a_claim_before_its_expectation_is_held_and_then_granted() -> None:
+    receiver = make_receiver()
+    assert receiver.on(claim(), 10.0) == []
+    grants = said(receiver.on(expect(), 10.0 + HOLD_S / 2))
+    assert [type(frame) for frame in grants] == [frames.Grant]
+
+
+def test_a_claim_of_an_unknown_token_is_refused_after_a_while() -> None:
+    receiver = make_receiver()
+    receiver.on(claim(), 10.0)
+    assert [type(frame) for frame in said(receiver.on(Tick(), 10.1))] == [frames.Keepalive]
+    refusals = said(receiver.on(Tick(), 10.0 + HOLD_S))
+    assert [frame.reason for frame in refusals if isinstance(frame, frames.Refuse)] == ["unknown_token"]
+    assert receiver.is_idle
+
+
+def test_only_so_many_claims_are_held() -> None:
+    receiver = make_receiver()
+    for number in range(HELD_CLAIMS_MAX):
+        assert receiver.on(claim(number), 10.0) == []
+    (refusal,) = said(receiver.on(claim(HELD_CLAIMS_MAX), 10.0))
+    assert isinstance(refusal, frames.Refuse)
+    assert refusal.reason == "busy"
+
+
+def test_the_newest_of_two_held_claims_is_granted() -> None:
+    receiver = make_receiver()
+    receiver.on(claim(delivery=2), 10.0)
+    (refusal,) = said(receiver.on(claim(delivery=1, link=LinkId(2)), 10.0))
+    assert isinstance(refusal, frames.Refuse)
+    assert refusal.reason == "stale_attempt"
+    (grant,) = said(receiver.on(expect(), 10.0))
+    assert isinstance(grant, frames.Grant)
+    assert grant.key.delivery == 2
+
+
+def test_a_pause_of_our_own_does_not_count_as_the_peers_silence() -> None:
+    receiver = make_receiver()
+    receiver.on(expect(), 10.0)
+    receiver.on(claim(), 10.0)
+    for tick in range(1, 10):
+        receiver.on(Tick(), 10.0 + tick / 10)
+    assert not [i for i in receiver.on(Tick(), 19.0) if isinstance(i, AbortLink)]
+    later = [i for tick in range(25) for i in receiver.on(Tick(), 19.0 + tick / 10) if isinstance(i, AbortLink)]
+    assert later == [AbortLink(LINK, "stalled")]
+
+
+def test_old_spent_tokens_are_forgotten() -> None:
+    receiver = make_receiver()
+    for number in range(SPENT_TOKENS_MAX + 1):
+        receiver.on(expect(number, timeout_s=0.0), 10.0)
+        (end,) = [i for i in receiver.on(Tick(), 10.0) if isinstance(i, Emit)]
+    assert said(receiver.on(claim(0), 11.0)) == [], "held, like any unknown token"
+    (refusal,) = said(receiver.on(claim(1), 11.0))
+    assert isinstance(refusal, frames.Refuse)
+    assert refusal.reason == "spent_token"
+
+
+def test_a_decode_worker_that_never_answers_is_given_up_after_every_try() -> None:
+    sender = Sender(layer_block_bytes=(8, 8))
+    key = HandoffKey(b"k" * 16, 1, 1)
+    order = SendOrder(key, ("tcp://a:1", "tcp://b:1"), 4, FINGERPRINT, 2, 60.0)
+    assert sender.on(OpenOrder(order), 10.0) == [Dial(key, ("tcp://a:1", "tcp://b:1"))]
+    assert [type(frame) for frame in said(sender.on(LinkUp(key, LINK), 10.0))] == [frames.Claim]
+    aborts = [i for tick in range(25) for i in sender.on(Tick(), 10.0 + tick / 10) if isinstance(i, AbortLink)]
+    assert aborts == [AbortLink(LINK, "stalled")]
+
+
+def test_frames_survive_the_wire_and_limits_hold() -> None:
+    key = frames.WireKey(b"k" * 16, 1, 2)
+    every: list[frames.Frame] = [
+        frames.Hello(1, "w", b"n" * 16, FINGERPRINT, 2),
+        frames.Claim(key, 3, FINGERPRINT, 4),
+        frames.Grant(key, 5, 6, 7),
+        frames.Refuse(key, "busy"),
+        frames.Landed(key),
+        frames.ChunkStart(1, 2, 3, 4),
+        frames.ChunkDone(1, 2, b"d" * 16),
+        frames.Done(1),
+        frames.Failed(key, "why"),
+        frames.CancelTransfer(1, "digest"),
+        frames.Drained(1),
+        frames.Keepalive(),
+    ]
+    assert [frames.decode(frames.encode(frame)) for frame in every] == every
+    wrong: list[frames.Frame] = [
+        frames.Grant(key, frames.TRANSFERS_MAX, 6, 7),
+        frames.ChunkStart(1, frames.CHUNKS_MAX, 3, 4),
+        frames.ChunkStart(1, 0, 3, 0),
+        frames.ChunkStart(1, 0, -1, 1),
+        frames.ChunkDone(1, 2, b"d" * (8 * frames.LAYERS_MAX + 1)),
+        frames.Claim(frames.WireKey(b"short", 1, 2), 3, FINGERPRINT, 4),
+        frames.Failed(key, "x" * 1000),
+    ]
+    for frame in wrong:
+        try:
+            frames.decode(frames.encode(frame))
+        except frames.BadFrame:
+            continue
+        raise AssertionError(f"accepted {frame}")
