@@ -28,9 +28,9 @@ CONNECTOR = textwrap.dedent(
 )
 
 
-async def start_reaper(mark: str) -> asyncio.subprocess.Process:
+async def start_reaper(mark: str, folder: Path) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-S", reaper.__file__, mark, stdin=subprocess.PIPE, start_new_session=True
+        sys.executable, "-I", "-S", reaper.__file__, mark, str(folder), stdin=subprocess.PIPE, start_new_session=True
     )
 
 
@@ -49,26 +49,27 @@ async def gone(pid: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_the_reaper_ends_the_whole_tree_when_its_pipe_closes() -> None:
+async def test_the_reaper_ends_the_whole_tree_when_its_pipe_closes(tmp_path: Path) -> None:
     mark = f"HOCKET_ENGINE={uuid.uuid4().hex}"
-    watcher = await start_reaper(mark)
+    watcher = await start_reaper(mark, tmp_path)
     shell, child = await start_tree(mark)
     assert watcher.stdin
     watcher.stdin.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await watcher.wait()
         await shell.wait()
         await gone(child)
     assert reaper.marked(mark.encode()) == []
+    assert not tmp_path.exists()
 
 
-async def test_the_reaper_leaves_other_engines_alone() -> None:
+async def test_the_reaper_leaves_other_engines_alone(tmp_path: Path) -> None:
     mark = f"HOCKET_ENGINE={uuid.uuid4().hex}"
-    watcher = await start_reaper(mark + "x")
+    watcher = await start_reaper(mark + "x", tmp_path / "none")
     shell, child = await start_tree(mark)
     assert watcher.stdin
     watcher.stdin.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await watcher.wait()
         assert sorted(reaper.marked(mark.encode())) == sorted([shell.pid, child])
         reaper.reap(mark.encode())
@@ -100,7 +101,7 @@ async def test_notes_go_both_ways_and_a_dead_connector_is_noticed(
 ) -> None:
     recorder, process = connected
     recorder.channel.send(AbortSend(KEY, "test"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await recorder.notes.get() == SendEnded(KEY, False, 5, "test")
         process.kill()
         assert await recorder.lost.get() == "worker"
@@ -113,5 +114,5 @@ async def test_a_connector_whose_front_end_is_gone_ends_itself(
 ) -> None:
     recorder, process = connected
     recorder.channel.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await process.wait() == 1

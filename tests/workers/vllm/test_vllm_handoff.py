@@ -6,7 +6,7 @@ import asyncio
 import os
 
 import pytest
-from vllm_rig import BLOCK_TOKENS, CHUNK_TOKENS, DECODE_EPOCH, GREEDY, EnginePair, random_prompt
+from vllm_rig import BLOCK_TOKENS, DECODE_EPOCH, GREEDY, EnginePair, random_prompt
 
 from hocket.bus.block_hash import block_hashes_of
 from hocket.bus.messages import FINISH_LENGTH, FINISH_STOP, BlockStored, KvEvent, SamplingParams
@@ -106,17 +106,19 @@ async def test_prefill_may_come_first(pair: EnginePair) -> None:
 
 
 async def test_seeded_sampling_and_logprobs_are_those_of_one_engine(pair: EnginePair) -> None:
-    # One chunk on either engine: in chunks the last bits of a float differ, and so do log probabilities.
-    prompt = random_prompt(CHUNK_TOKENS - 1, 7)
+    prompt = random_prompt(400, 7)
     sampling = SamplingParams(max_tokens=8, temperature=0.9, seed=7, logprobs=3, top_k=50, ignore_eos=True)
     reference = await pair.reference(prompt, sampling)
     _, answer = await pair.hand_off(prompt, sampling)
     assert answer.tokens == reference.tokens
-    assert [step.logprobs for step in answer.steps] == [step.logprobs for step in reference.steps]
-    for step in answer.steps:
-        for entry in step.logprobs:
-            assert len(entry.top) == 3
-            assert list(entry.top) == sorted(entry.top, key=lambda pair: -pair[1])
+    assert len(answer.logprobs) == 8
+    for entry, wanted in zip(answer.logprobs, reference.logprobs, strict=True):
+        # A matrix product of one row differs from the same row's in a product of many, in the last bits.
+        assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-3)
+        assert [token for token, _ in entry.top] == [token for token, _ in wanted.top]
+        assert [value for _, value in entry.top] == pytest.approx([value for _, value in wanted.top], abs=1e-3)
+        assert len(entry.top) == 3
+        assert list(entry.top) == sorted(entry.top, key=lambda item: -item[1])
 
 
 async def test_a_stop_token_ends_it_also_as_the_first_one(pair: EnginePair) -> None:
@@ -178,7 +180,7 @@ async def test_kv_of_another_layout_is_refused_at_once(pair: EnginePair) -> None
     prompt, token = random_prompt(200, 12), os.urandom(16)
     reference = await pair.reference(prompt)
     async with asyncio.TaskGroup() as group:
-        decode = group.create_task(pair.decode(prompt, token, timeout_s=3.0))
+        decode = group.create_task(pair.decode(prompt, token, timeout_s=10.0))
         with pytest.raises(HandoffFailed, match="refused:"):
             await pair.prefill(prompt, token, fingerprint="0" * 32)
     assert decode.result().tokens == reference.tokens

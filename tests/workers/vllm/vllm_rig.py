@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hocket.bus.messages import KvEvent, SamplingParams
+from hocket.bus.messages import KvEvent, SamplingParams, TokenLogprob
 from hocket.transport.base import HandoffKey
 from hocket.workers.config import WorkerConfig
 from hocket.workers.engines.base import DecodeTask, EngineInfo, PrefillOutcome, PrefillTask, StepOutput
@@ -52,6 +52,10 @@ class Answer:
     @property
     def tokens(self) -> list[int]:
         return [token for step in self.steps for token in step.token_ids]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [entry for step in self.steps for entry in step.logprobs]
 
     @property
     def computed_tokens(self) -> int | None:

@@ -162,7 +162,7 @@ class VllmEngine:
         return Load
 
     def _start_reaper(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark]
+        command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark, str(self._folder)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def _describe(self, ready: Ready, description: str) -> EngineInfo:
@@ -184,31 +184,24 @@ class VllmEngine:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        is_down = self._shut_down() if self._llm is not None else None
-        if is_down:
-            await _set_within(is_down, SIGTERM_GRACE_S)
-        # vLLM's processes take 6 s to take themselves apart, which frees nothing that their end does not.
-        await self._reap()
-        if is_down and not await _set_within(is_down, SHUTDOWN_S):
-            log.warning("vllm's own shutdown hangs")
+        if self._llm is None:
+            await self._reap()
+        else:
+            await self._shut_down(self._llm)
         self._channel.close()
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
 
-    def _shut_down(self) -> asyncio.Event:
-        """vLLM's own way out, which hangs at times after a failure: on a thread that nobody has to wait for."""
-        loop, is_down = asyncio.get_running_loop(), asyncio.Event()
-
-        def shut_down(llm: Unchecked = self._llm) -> None:
-            try:
-                llm.shutdown(timeout=SIGTERM_GRACE_S + REAP_S)
-            finally:
-                with contextlib.suppress(RuntimeError):  # The loop may have been closed since.
-                    loop.call_soon_threadsafe(is_down.set)
-
-        if handler := self._llm.output_handler:
-            handler.cancel()  # Else it logs an error when its engine goes.
-        threading.Thread(target=shut_down, name="vllm-shutdown", daemon=True).start()
-        return is_down
+    async def _shut_down(self, llm: Unchecked) -> None:
+        """vLLM's own way out, but not to its end: its processes take 6 s to free what their end frees anyway."""
+        if llm.output_handler:
+            llm.output_handler.cancel()  # Else it logs an error when its engine goes.
+        is_down = _on_daemon_thread(lambda: llm.shutdown(timeout=SIGTERM_GRACE_S + REAP_S))
+        await _set_within(is_down, SIGTERM_GRACE_S)
+        await self._reap()
+        if not await _set_within(is_down, SHUTDOWN_S):
+            log.warning("vllm's own shutdown hangs")
+            return
+        await _set_within(_on_daemon_thread(lambda: versions.close_context(llm)), SHUTDOWN_S)
 
     async def _reap(self) -> None:
         """Kill what is left of the engine's processes."""
@@ -446,6 +439,21 @@ class VllmEngine:
             pass  # Its blocks are gone with it.
         finally:
             self._ends.tasks.pop(number, None)
+
+
+def _on_daemon_thread(call: Callable[[], None]) -> asyncio.Event:
+    """For calls of vLLM that hang at times: nobody has to wait for the thread, not even the interpreter's exit."""
+    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
+
+    def run() -> None:
+        try:
+            call()
+        finally:
+            with contextlib.suppress(RuntimeError):  # The loop may have been closed since.
+                loop.call_soon_threadsafe(is_done.set)
+
+    threading.Thread(target=run, name="vllm-shutdown", daemon=True).start()
+    return is_done
 
 
 async def _set_within(event: asyncio.Event, timeout_s: float) -> bool:

@@ -1,13 +1,15 @@
 """A small process that ends vLLM's processes when the front end is gone, also after `kill -9` and also while they start.
 
 It reads its stdin, a pipe of which the front end holds the other end. When that closes, it kills every process whose
-environment carries the engine's mark: children get reparented, but the environment they were started with stays.
+environment carries the engine's mark: children get reparented, but the environment they were started with stays. Then it
+removes the engine's private folder.
 Runs with `python -I -S`: nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -57,7 +59,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 4096):
         pass
-    reap(sys.argv[1].encode())
+    mark, folder = sys.argv[1:]
+    reap(mark.encode())
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def end_all_requests(llm: Unchecked) -> None:
     llm.output_processor.propagate_error(EngineDeadError(suppress_context=True))
 
 
+def close_context(llm: Unchecked) -> None:
+    """Release the sockets' context, which vLLM leaves to the garbage collector; after `shutdown`."""
+    llm.engine_core.resources.ctx.destroy(linger=0)
+
+
 def backend_names(vllm_config: Unchecked, layer_names: Iterable[str]) -> str:
     """The attention backends of these layers, for the fingerprint."""
     layers = vllm_config.compilation_config.static_forward_context
