@@ -76,7 +76,11 @@ class Parser:
                 continue
             fields = buffer[position:line_end].split()
             has_header = kind == _HMSG
+            extra = len(fields) - 4 - has_header
             try:
+                if extra not in (0, 1):
+                    raise ValueError
+                reply = fields[3] if extra else b""
                 subscription, total = int(fields[2]), int(fields[-1])
                 header_bytes = int(fields[-2]) if has_header else 0
             except (IndexError, ValueError):
@@ -91,7 +95,6 @@ class Parser:
             self.messages += 1
             handler = self._handlers.get(subscription)
             if handler is not None:  # else: on its way when we unsubscribed
-                reply = fields[3] if len(fields) == (6 if has_header else 5) else b""
                 body = start + header_bytes
                 try:
                     handler(fields[1], reply, buffer[body:stop], buffer[start:body])

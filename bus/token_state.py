@@ -6,7 +6,9 @@ for a replay, an end is sent again until the router has it, and a lost connectio
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +19,7 @@ from .messages import FINISH_NONE, Entry, EntryDetail, FinishAck, ReplayRequest,
 
 FINISH_AGAIN_S = 0.25
 FINISH_GIVE_UP_S = 30.0
-REWIND_TOKENS = (
-    32  # sent again after a disconnect or a refusal; more than a connection holds on its way, less than a replay
-)
+RECENT_S = 1.0  # what was sent so shortly before a disconnect is sent again: it may not have left this host
 PROBE_S = 0.1  # between tries at a router that nobody hears for; its reconnection takes 0.1 to 0.3 s
 GRACE_S = 3.0  # after our own reconnection the routers may still be on their way back
 
@@ -115,22 +115,38 @@ def _without(detail: EntryDetail, skipped: int) -> EntryDetail:
 class _Router:
     """What is held for one router."""
 
-    __slots__ = ("dirty", "ended", "hold_until", "probed_at", "refused_at", "streams", "suspect_since")
+    __slots__ = ("dirty", "ended", "hold_until", "probed_at", "recent", "refused_at", "streams", "suspect_since")
 
     def __init__(self) -> None:
         self.streams: dict[tuple[int, int], _Stream] = {}
         self.dirty: dict[_Stream, None] = {}
         self.ended: dict[_Stream, None] = {}  # by `send_again_at`, which only grows
+        self.recent: deque[tuple[float, list[Entry]]] = deque()  # frames of the last RECENT_S, by when they were sent
         self.hold_until = 0.0
         self.suspect_since: float | None = None  # the first refusal of an unbroken row
         self.refused_at = 0.0
         self.probed_at: float | None = None
 
-    def rewind(self) -> None:
-        for stream in self.streams.values():
-            stream.sent = max(0, stream.sent - REWIND_TOKENS)
-            if stream.tokens or stream.finish != FINISH_NONE:
+    def owe_again(self, entries: Iterable[Entry]) -> None:
+        """These did not arrive, or may not have."""
+        for stream_id, attempt, first_index, _, _ in entries:
+            stream = self.streams.get((stream_id, attempt))
+            if stream is not None:
+                stream.sent = min(stream.sent, first_index)
                 self.dirty[stream] = None
+
+    def rewind(self, since: float) -> None:
+        while self.recent:
+            sent_at, entries = self.recent.pop()
+            if sent_at < since:
+                break
+            self.owe_again(entries)
+        self.recent.clear()
+
+    def sent(self, now: float, entries: list[Entry]) -> None:
+        self.recent.append((now, entries))
+        while self.recent[0][0] < now - RECENT_S:
+            self.recent.popleft()
 
     def next_at(self) -> float | None:
         """When something is to be sent without a new token."""
@@ -247,7 +263,11 @@ class OutboxState:
             pieces += stream.pieces(stream.sent)
             stream.sent = len(stream.tokens)
         router.dirty.clear()
-        return self._frame(pieces) if pieces else None
+        if not pieces:
+            return None
+        frame = self._frame(pieces)
+        router.sent(now, frame.entries)
+        return frame
 
     def _again(self, router_id: RouterId, router: _Router, now: float) -> None:
         """Ends that were sent long enough ago, and those to give up."""
@@ -269,11 +289,7 @@ class OutboxState:
         if router is None:
             return
         router.hold_until = max(router.hold_until, retry_at)
-        for stream_id, attempt, first_index, _, _ in entries:
-            stream = router.streams.get((stream_id, attempt))
-            if stream is not None:
-                stream.sent = min(stream.sent, first_index)
-                router.dirty[stream] = None
+        router.owe_again(entries)
 
     def on_refused(self, router_id: RouterId, now: float) -> bool:
         """The server's 503 for a frame: nobody listens. True when that has lasted too long: the router has gone.
@@ -287,7 +303,7 @@ class OutboxState:
             router.suspect_since = now
         router.refused_at = now
         router.hold_until = max(router.hold_until, now + PROBE_S)
-        router.rewind()
+        router.rewind(now - PROBE_S)
         return now >= self._frozen_until and now - router.suspect_since >= self._times.gone_after_s
 
     def on_connected(self, now: float) -> None:
@@ -296,7 +312,7 @@ class OutboxState:
         for router in self._routers.values():
             router.hold_until = 0.0
             router.suspect_since = router.probed_at = None
-            router.rewind()
+            router.rewind(-math.inf)
             for stream in router.ended:
                 stream.give_up_at = now + self._times.finish_give_up_s
 
