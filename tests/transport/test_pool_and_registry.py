@@ -1,0 +1,124 @@
+"""KV pools in host memory, finding transports, and both loops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import uvloop
+from transport_rig import DECODE_EPOCH, differing_blocks, make_layout, make_pool, make_transport
+
+from hocket.transport import (
+    Chunk,
+    Expectation,
+    HandoffEndpoint,
+    HandoffKey,
+    HostKvPool,
+    ReceiveEnd,
+    SendOrder,
+    TransportUnavailable,
+    installed_schemes,
+    open_transports,
+)
+from hocket.transport.registry import start_transports
+
+
+def test_neighbouring_blocks_come_as_one_view_and_a_digest_does_not_see_where_blocks_lie() -> None:
+    layout = make_layout(layers=2, block_bytes=64)
+    pool, other = make_pool(layout, 10, seed=1), make_pool(layout, 10)
+    assert [view.nbytes for view in pool.buffers(0, [4, 5, 6, 9, 8, 1])] == [192, 64, 64, 64]
+    for layer in range(2):
+        for source, target in zip([4, 5, 6, 9, 8, 1], [0, 9, 3, 4, 5, 2], strict=True):
+            other.buffers(layer, [target])[0][:] = pool.buffers(layer, [source])[0]
+        assert pool.digest(layer, [4, 5, 6, 9, 8, 1]) == other.digest(layer, [0, 9, 3, 4, 5, 2])
+        assert pool.digest(layer, [4, 5]) != pool.digest(layer, [5, 4])
+    assert pool.buffers(0, []) == []
+
+
+def test_a_view_is_the_pool_itself() -> None:
+    pool = make_pool(make_layout(layers=1, block_bytes=8), 4)
+    pool.buffers(0, [1, 2])[0][:] = 5
+    assert bytes(pool.buffers(0, [0, 1, 2, 3])[0]) == bytes(8) + b"\5" * 16 + bytes(8)
+
+
+@pytest.mark.parametrize("block_ids", [[-1], [4], [0, 1, 7]])
+def test_a_block_outside_of_the_pool_is_an_index_error(block_ids: list[int]) -> None:
+    pool = make_pool(make_layout(layers=1, block_bytes=8), 4)
+    with pytest.raises(IndexError):
+        pool.buffers(0, block_ids)
+
+
+def test_rows_that_lie_apart_are_fine_and_scattered_rows_are_refused() -> None:
+    layout = make_layout(layers=1, block_bytes=8)
+    memory = np.arange(4 * 24, dtype=np.uint8).reshape(4, 24)
+    pool = HostKvPool(layout, [memory[:, 8:16]])
+    assert [bytes(view) for view in pool.buffers(0, [1, 2])] == [bytes(range(32, 40)), bytes(range(56, 64))]
+    with pytest.raises(ValueError, match="not contiguous"):
+        HostKvPool(layout, [memory[:, ::3]])
+    with pytest.raises(ValueError, match="not uint8"):
+        HostKvPool(layout, [memory])
+    with pytest.raises(ValueError, match="2 arrays for 1 layers"):
+        HostKvPool(layout, [memory[:, :8]] * 2)
+    memory.setflags(write=False)
+    with pytest.raises(ValueError, match="read-only"):
+        HostKvPool(layout, [memory[:, :8]])
+
+
+def test_transports_are_found_by_their_scheme_in_the_order_given() -> None:
+    assert {"inproc", "tcp", "ucx"} <= set(installed_schemes())
+    assert [transport.scheme for transport in open_transports("tcp, inproc")] == ["tcp", "inproc"]
+    with pytest.raises(ValueError, match=r"no transport for 'pigeon'; installed: .*inproc.*tcp"):
+        open_transports("tcp,pigeon")
+    with pytest.raises(ValueError, match="no transport named"):
+        open_transports("")
+
+
+class Unavailable:
+    """A transport whose package is missing."""
+
+    scheme = "rdma"
+
+    async def start(self) -> None:
+        raise TransportUnavailable("no libibverbs")
+
+
+async def test_a_transport_that_cannot_run_is_left_out_while_another_can(caplog) -> None:
+    tcp = make_transport("tcp")
+    assert await start_transports([Unavailable(), tcp]) == [tcp]
+    assert "no libibverbs" in caplog.text
+    with pytest.raises(TransportUnavailable, match="rdma: no libibverbs"):
+        await start_transports([Unavailable()])
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "ucx"])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_both_event_loops_carry_a_hand_off(scheme: str, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    layout = make_layout(layers=3, block_bytes=128 << 10)
+    source, target = make_pool(layout, 32, seed=1), make_pool(layout, 32)
+
+    async def run() -> ReceiveEnd:
+        decode = HandoffEndpoint(target, [make_transport(scheme)], worker_name="d", epoch=DECODE_EPOCH)
+        prefill = HandoffEndpoint(source, [make_transport(scheme)], worker_name="p", epoch=1, listens=False)
+        await decode.start()
+        await prefill.start()
+        landed = asyncio.get_running_loop().create_future()
+        key = HandoffKey(os.urandom(16), 1, 1)
+        decode.expect(Expectation(key.token, 1, 0, tuple(range(0, 32, 2)), 10.0), landed.set_result)
+        order = SendOrder(key, decode.addresses, DECODE_EPOCH, layout.fingerprint(), 16, 10.0)
+        prefill.open(order, lambda _: None)
+        prefill.announce(key, Chunk(0, tuple(range(16)), is_last=True))
+        for layer in range(3):
+            prefill.layer_ready(key, layer)
+        async with asyncio.timeout(10.0):
+            end: ReceiveEnd = await landed
+        await prefill.aclose()
+        await decode.aclose()
+        assert not asyncio.all_tasks() - {asyncio.current_task()}, "a task was left behind"
+        return end
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(run()).is_landed
+    assert differing_blocks(source, range(16), target, range(0, 32, 2)) == []
