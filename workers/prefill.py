@@ -17,6 +17,7 @@ import msgspec
 
 from ..bus import subjects
 from ..bus.base import Bus, BusError, Delivery, JobPuller, PulledJob, Subscription
+from ..bus.jobs import JobLimits
 from ..bus.messages import (
     Admitted,
     Cancel,
@@ -37,7 +38,7 @@ from .engines.base import BadTask, Engine, EngineDead, EngineError, HandoffFaile
 from .throughput import Throughput
 
 log = logging.getLogger(__name__)
-IN_PROGRESS_S = 5.0  # a third of the queue's ack_wait
+IN_PROGRESS_S = JobLimits().ack_wait_s / 3
 RETRY_DELAY_S = 1.0  # before a job whose decode worker could not be reached is tried again
 PULLER_AGAIN_S = 1.0
 ELSEWHERE_DELAY_S = 0.5  # times the delivery, before a job that only another worker can do is offered again
@@ -202,6 +203,7 @@ class PrefillWorker:
         engine: Engine,
         *,
         handoff_timeout_s: float,
+        in_progress_s: float = IN_PROGRESS_S,
         on_change: Callable[[], None] = lambda: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -210,6 +212,7 @@ class PrefillWorker:
         self._card = card
         self._engine = engine
         self._handoff_timeout_s = handoff_timeout_s
+        self._in_progress_s = in_progress_s
         self._on_change = on_change
         self._wall_clock = wall_clock
         self._intake = PrefillIntake(card)
@@ -357,7 +360,7 @@ class PrefillWorker:
         computed_tokens = 0
         try:
             while not run.task.done():
-                await asyncio.wait([run.task], timeout=IN_PROGRESS_S)
+                await asyncio.wait([run.task], timeout=self._in_progress_s)
                 if not run.task.done():
                     for delivery in run.deliveries:
                         await _quietly(delivery.in_progress())
@@ -374,6 +377,8 @@ class PrefillWorker:
             if not run.task.done():
                 run.task.cancel()
                 await asyncio.wait([run.task], timeout=1.0)
+            if run.task.done() and not run.task.cancelled():
+                run.task.exception()  # Nobody asks any more when we were cancelled in the same turn.
             self.throughput.end(time.monotonic(), computed_tokens)
 
     def _task_of(self, run: _Run) -> PrefillTask:

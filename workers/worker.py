@@ -154,7 +154,8 @@ class Worker:
         for task in broken:
             if task.done():
                 error = task.exception()
-                log.error("%s failed: %s", task.get_name(), error or task.result(), exc_info=error)
+                is_bug = error is not None and not isinstance(error, BusError | EngineError)
+                log.error("%s failed: %s", task.get_name(), error or task.result(), exc_info=error if is_bug else None)
                 code = 1
         await self._end(serving)
         return code

@@ -156,7 +156,7 @@ class SimEngine:
 
     def _check(self, token_ids: list[int]) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise EngineDead(str(self._dead))
         if not token_ids:
             raise BadTask("the prompt is empty")
         if len(token_ids) > self._model_len_max:
@@ -194,7 +194,7 @@ class SimEngine:
             self._dead = error
         for work in [*self._scheduler.active, *self._scheduler.waiting]:
             if not work.done.done():
-                work.done.set_exception(self._dead)
+                work.done.set_exception(EngineDead(str(self._dead)))
         self._is_dead.set()
 
     # Steps.
