@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PULL_EXPIRES_S = 30.0
+PULL_EXPIRES_S = 5.0  # so long a worker that hangs can still be given a job
 HEARTBEAT_S = 2.0
 SILENCE_S = 2.5 * HEARTBEAT_S  # two heartbeats missed: the server has forgotten the request
 BACKOFF_S = 0.25  # an election, a starting server

@@ -25,7 +25,7 @@ from ..bus.messages import (
 from .index import PrefixIndex
 from .kv_feed import KvFeed
 from .metrics import RouterMetrics
-from .view import ClusterView
+from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ BEAT_TOLERANCE_S = 1.0
 
 
 class Membership:
-    """Keeps `view` and `index` in step with the pool; `on_lost(worker)` is called once for each worker that died or left."""
+    """Keeps `view` and `index` in step with the pool; `on_lost(member, is_silent)` is called once for each that is gone."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Membership:
         *,
         metrics: RouterMetrics,
         clock: Callable[[], float],
-        on_lost: Callable[[WorkerId], None],
+        on_lost: Callable[[Member, bool], None],
     ) -> None:
         self.view = view
         self.index = PrefixIndex()
@@ -75,10 +75,10 @@ class Membership:
                 log.warning("worker silent", extra={"worker_id": worker})
                 self._ask("ping", worker, self._ping(worker))
             for worker in dead:
-                self.lost(worker, "silent")
+                self.lost(worker, "silent", is_silent=True)
 
-    def lost(self, worker: WorkerId, why: str) -> None:
-        """The worker is dead or has left; unknown ones are ignored."""
+    def lost(self, worker: WorkerId, why: str, *, is_silent: bool = False) -> None:
+        """The worker is dead or has left, or (silent) may only hang; unknown ones are ignored."""
         member = self.view.leave(worker)
         if member is None:
             return
@@ -87,7 +87,7 @@ class Membership:
         self.index.remove_worker(worker)
         self._metrics.worker_losses.labels(member.card.role).inc()
         self._count()
-        self._on_lost(worker)
+        self._on_lost(member, is_silent)
 
     def doubt(self, worker: WorkerId) -> None:
         """Something sent to the worker was not answered: ask it now instead of waiting for its silence."""

@@ -82,9 +82,10 @@ class DeleteJob:
 
 @dataclass(frozen=True, slots=True)
 class NakJob:
-    """Give a dead prefill worker's job back to the queue."""
+    """Give a lost prefill worker's job back to the queue."""
 
     ack_subject: str
+    delay_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,23 +280,28 @@ class RequestMachine:
         self._close_prefill()
         return [] if self.has_token else self._again_locally()
 
+    @property
+    def is_unclaimed(self) -> bool:
+        """A job is in the queue, and no prefill worker has said that it has it."""
+        return self._is_prefill_open and self._prefill_worker is None
+
     def prefill_gone(self) -> list[Instruction]:
-        """No prefill worker is left in the pool: waiting for one to take the job could be for ever."""
+        """No prefill worker is left in the pool, or the job may be with one that hangs: do not wait for it."""
         if self.phase is not Phase.RUNNING or not self._is_prefill_open or self.has_token:
             return []
         return [*self._drop_job(), *self._again_locally()]
 
     # ---- workers
 
-    def worker_lost(self, worker: WorkerId) -> list[Instruction]:
-        """A worker died or left."""
+    def worker_lost(self, worker: WorkerId, nak_delay_s: float = 0.0) -> list[Instruction]:
+        """A worker died or left. `nak_delay_s`: so long the queue may still give jobs to it (it hangs, and its pulls are open)."""
         if self.phase is Phase.ENDED:
             return []
         instructions: list[Instruction] = []
         if worker == self._prefill_worker and self._is_prefill_open:
             self._prefill_worker = None
             if self._ack_subject:
-                instructions.append(NakJob(self._ack_subject))
+                instructions.append(NakJob(self._ack_subject, nak_delay_s))
         if worker == self.worker and self.phase is not Phase.PICKING:
             instructions += self._decode_lost()
         return instructions

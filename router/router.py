@@ -17,6 +17,7 @@ from ..bus import subjects
 from ..bus.base import Bus, Delivery
 from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import HandoffToken, RequestId, RouterId, WorkerId
+from ..bus.jobs_pull import PULL_EXPIRES_S
 from ..bus.messages import (
     FINISH_ERROR,
     Cancel,
@@ -63,12 +64,13 @@ DEADLINE_TICK_S = 0.5
 class Live:
     """One generation in flight: its machine and what the shell must remember of it."""
 
-    __slots__ = ("hit_blocks", "machine", "started", "started_s", "stream_id")
+    __slots__ = ("hit_blocks", "machine", "published_s", "started", "started_s", "stream_id")
 
     def __init__(self, machine: RequestMachine, stream_id: int, now: float) -> None:
         self.machine = machine
         self.stream_id = stream_id
         self.started_s = now
+        self.published_s = 0.0
         self.hit_blocks = 0
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
 
@@ -256,11 +258,14 @@ class Router:
             message = PrefillFailed(job.request_id, job.attempt, "exhausted", "delivered in vain as often as allowed")
             self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
 
-    def _on_worker_lost(self, worker: WorkerId) -> None:
+    def _on_worker_lost(self, member: Member, is_silent: bool) -> None:
+        """A worker that only hangs has open pulls: what the queue gave it since it was heard last may never be claimed."""
         can_prefill = bool(self.membership.view.members("prefill"))
+        hangs = is_silent and member.card.role == "prefill"
         for live in list(self._live.values()):
-            self._now(live, live.machine.worker_lost(worker))
-            if not can_prefill:
+            self._now(live, live.machine.worker_lost(member.card.worker_id, PULL_EXPIRES_S if is_silent else 0.0))
+            may_be_swallowed = hangs and live.machine.is_unclaimed and live.published_s > member.seen_s - PULL_EXPIRES_S
+            if not can_prefill or may_be_swallowed:
                 self._now(live, live.machine.prefill_gone())
 
     async def _watch_deadlines(self) -> None:
@@ -298,6 +303,7 @@ class Router:
                 case AskDecode() as ask:
                     todo.extend(await self._dispatch.ask_decode(machine, live.stream_id, ask))
                 case PublishPrefill() as publish:
+                    live.published_s = self._clock()
                     todo.extend(await self._dispatch.publish_prefill(machine, publish))
                 case instruction:
                     self._do(live, instruction)
@@ -328,8 +334,8 @@ class Router:
             case DeleteJob(sequence=sequence):
                 assert self._tasks is not None
                 self._tasks.create_task(self._dispatch.delete_job(sequence), name="delete-job")
-            case NakJob(ack_subject=ack_subject):
-                self._bus.jobs.nak_for(ack_subject)
+            case NakJob(ack_subject=ack_subject, delay_s=delay_s):
+                self._bus.jobs.nak_for(ack_subject, delay_s)
             case FailStream(failure=failure):
                 self._streams.fail(live.stream_id, failure)
                 self._count_end(live, "failed")

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from pathlib import Path
 from typing import IO
 
@@ -78,12 +80,13 @@ class Pool:
         self.engine = engine
         self.served_name = served_name
         self.base_url = ""
+        self.pool = f"test-{uuid.uuid4().hex[:8]}"
         self.processes: list[PoolProcess] = []
         self.names: dict[str, PoolProcess] = {}
 
     def _spawn(self, arguments: list[str], options: dict[str, object]) -> PoolProcess:
         flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-        common = ["--model", str(self.model), "--served-name", self.served_name]
+        common = ["--model", str(self.model), "--served-name", self.served_name, "--pool", self.pool]
         process = PoolProcess([*arguments, *common, *flags], {"HOCKET_NATS": self.nats_url})
         self.processes.append(process)
         return process
@@ -106,8 +109,6 @@ class Pool:
 
     def wait_workers(self, *, prefill: int, decode: int, timeout_s: float = 20.0) -> None:
         """Wait until the router counts so many live workers."""
-        import time
-
         end = time.monotonic() + timeout_s
         counts: dict[str, float] = {}
         while time.monotonic() < end:

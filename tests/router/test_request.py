@@ -112,7 +112,7 @@ def test_a_silent_worker_loses_the_request_and_is_told_so():
 def test_a_dead_prefill_worker_gives_its_job_back_to_the_queue():
     request = running_remotely()
     request.claimed(0, P1, "ack.subject")
-    assert request.worker_lost(P1) == [NakJob("ack.subject")]
+    assert request.worker_lost(P1) == [NakJob("ack.subject", 0.0)]
     assert request.worker_lost(P1) == []
 
 
