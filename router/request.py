@@ -294,7 +294,7 @@ class RequestMachine:
     # ---- workers
 
     def worker_lost(self, worker: WorkerId, nak_delay_s: float = 0.0) -> list[Instruction]:
-        """A worker died or left. `nak_delay_s`: so long the queue may still give jobs to it (it hangs, and its pulls are open)."""
+        """A worker died or left. `nak_delay_s`: so long the queue may still give jobs to it (it hangs with open pulls)."""
         if self.phase is Phase.ENDED:
             return []
         instructions: list[Instruction] = []

@@ -263,8 +263,9 @@ class Router:
         can_prefill = bool(self.membership.view.members("prefill"))
         hangs = is_silent and member.card.role == "prefill"
         for live in list(self._live.values()):
+            heard_s = member.seen_s - PULL_EXPIRES_S
+            may_be_swallowed = hangs and live.machine.is_unclaimed and live.published_s > heard_s
             self._now(live, live.machine.worker_lost(member.card.worker_id, PULL_EXPIRES_S if is_silent else 0.0))
-            may_be_swallowed = hangs and live.machine.is_unclaimed and live.published_s > member.seen_s - PULL_EXPIRES_S
             if not can_prefill or may_be_swallowed:
                 self._now(live, live.machine.prefill_gone())
 
