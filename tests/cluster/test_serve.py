@@ -155,8 +155,7 @@ def test_a_stream_that_runs_at_ctrl_c_is_finished_or_ended_within_ten_seconds(se
 
     thread = threading.Thread(target=stream)
     thread.start()
-    wait_until(lambda: b"hocket" in urllib.request.urlopen(f"{url}/metrics", timeout=5).read(), 5.0)
-    time.sleep(0.3)  # Into the stream: 20 tokens take a second.
+    wait_until(lambda: b"\nhocket_num_requests_running 1.0\n" in _get(f"{url}/metrics"), 10.0)
     served.process.terminate()
     assert served.wait_exit(15.0) == 0
     thread.join(5.0)
@@ -184,6 +183,11 @@ def test_a_worker_that_is_killed_comes_back(serve: Serve):
     assert ask(url) == "length"
     served.process.terminate()
     assert served.wait_exit(15.0) == 0
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return bytes(answer.read())
 
 
 def _status(url: str) -> str:
