@@ -219,12 +219,12 @@ def _answers(url: str) -> bool:
 
 def test_ctrl_c_while_starting_and_a_second_one_end_at_once(serve: Serve):
     served = serve("--prefill", "2", "--decode", "2")
-    wait_until(lambda: "starting" in served.output, 20.0)
+    wait_until(lambda: len(served.pids("cli worker")) == 4, 20.0)
     served.process.send_signal(signal.SIGINT)
-    wait_until(lambda: "stopping" in served.output, 5.0)
+    wait_until(lambda: "stopping" in served.output, 10.0)
     served.process.send_signal(signal.SIGINT)
     assert served.wait_exit(5.0) in (0, 1)
-    wait_until(lambda: served.pids() == [], 2.0)
+    wait_until(lambda: served.pids() == [], 5.0)
 
 
 def test_a_port_in_use_fails_the_start_with_the_routers_words(serve: Serve):
