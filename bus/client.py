@@ -17,6 +17,7 @@ import json
 import logging
 import random
 import re
+import ssl
 from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
@@ -90,8 +91,9 @@ class BusClient(Client):  # type: ignore[misc]  # nats-py has no types
         self._write_handle: asyncio.Handle | None = None
         self._socket_bytes = 0  # in the transport's buffer when last looked at
         self.fatal_reason = ""
+        self.was_opened = False
 
-    async def open(self, url: str, *, name: str, inbox_prefix: str) -> None:
+    async def open(self, url: str, *, name: str, inbox_prefix: str, tls: ssl.SSLContext | None) -> None:
         """Connect once; raises OSError, nats.errors.Error or TimeoutError. Later connections repair themselves for ever."""
         servers, user, password = split_url(url)
         credentials = {"token": user} if password is None else {"user": user, "password": password}
@@ -99,6 +101,7 @@ class BusClient(Client):  # type: ignore[misc]  # nats-py has no types
             servers,
             name=name,
             inbox_prefix=inbox_prefix,
+            tls=tls,
             error_cb=self._on_error,
             reconnected_cb=self._on_reconnected,
             closed_cb=self._on_closed,
@@ -112,6 +115,7 @@ class BusClient(Client):  # type: ignore[misc]  # nats-py has no types
             **(credentials if user is not None else {}),
         )
         self.options["allow_reconnect"] = True
+        self.was_opened = True
         self._on_state(True)
 
     # ---- send

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from . import subjects
 from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable
 from .jobs import DEDUP_WINDOW_S, JobLimits, check_job
 from .jobs_pull import CONFIRM_TIMEOUT_S
@@ -243,7 +244,7 @@ class MemoryJobQueue:
     def nak_for(self, ack_subject: str, delay_s: float = 0.0) -> None:
         """Give a dead worker's job back."""
         if self._bus.is_connected:
-            sequence = int(ack_subject.rpartition(".")[2])
+            sequence = int(subjects.last_token(ack_subject))
             asyncio.get_running_loop().call_soon(self._store.give_back, sequence, delay_s)
 
     async def watch_exhausted(self, handler: Callable[[bytes], None]) -> MemoryWatch:
@@ -327,7 +328,7 @@ class MemoryJob:
     @property
     def ack_subject(self) -> str:
         """With it, anyone may nak on this worker's behalf."""
-        return f"$MEM.ACK.{self._delivery}.{self.sequence}"
+        return subjects.under("$MEM", "ACK", str(self._delivery), str(self.sequence))
 
     async def ack(self) -> None:
         """Returns when the queue has removed the job."""

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+import ssl
 from collections.abc import Callable
 
 from nats import errors
@@ -25,7 +26,11 @@ CLOSE_TIMEOUT_S = 2.0
 
 
 class NatsBus:
-    """One connection. `url` may hold credentials and several servers, with commas; `jobs` sets the queue's limits."""
+    """One connection. `url` may hold credentials and several servers, with commas; `jobs` sets the queue's limits.
+
+    `tls` is for `tls://` addresses with a certificate authority, or a client certificate, of one's own. A process whose
+    permissions allow it only some inboxes brings its `inbox_prefix`.
+    """
 
     def __init__(
         self,
@@ -35,10 +40,12 @@ class NatsBus:
         jobs: JobLimits | None = None,
         inbox_prefix: str = "_INBOX",
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._url = url
         self._name = name
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
         self._inbox = subjects.under(inbox_prefix, secrets.token_hex(8))
         self._inbox_numbers = itertools.count(1)
         self._replies = subjects.under(self._inbox, "r")
@@ -84,7 +91,7 @@ class NatsBus:
         """Raises BusError, with the address and the reason, when nothing answers in time; later it repairs itself."""
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await self._client.open(self._url, name=self._name, inbox_prefix=self._inbox_prefix)
+                await self._client.open(self._url, name=self._name, inbox_prefix=self._inbox_prefix, tls=self._tls)
         except (OSError, errors.Error, TimeoutError) as error:
             cause = self._client.last_error or error
             raise BusError(f"cannot reach NATS at {mask_url(self._url)}: {describe(cause)}") from error
@@ -93,6 +100,8 @@ class NatsBus:
     async def aclose(self) -> None:
         """Send what was published and leave."""
         self._is_closing = True
+        if not self._client.was_opened:
+            return
         await self._jobs.aclose()
         try:
             if self._client.is_connected:

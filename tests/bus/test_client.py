@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +18,7 @@ import pytest
 from hocket.bus import BusDisconnected, BusError, Delivery, EmbeddedServer, NatsBus
 from hocket.bus.client import OUTBOUND_BYTES_MAX, mask_url, split_url
 from hocket.bus.parser import Parser, ProtocolBroken
+from hocket.bus.server import find_binary
 
 from .conftest import until
 
@@ -293,6 +297,81 @@ async def test_something_else_that_listens_is_named() -> None:
     async with peer(serve) as url:
         with pytest.raises(BusError, match="no NATS server, it said b'SSH"):
             await NatsBus(url, name="test").connect()
+
+
+# ---- the end
+
+
+async def test_a_bus_that_was_never_connected_can_be_closed(server: EmbeddedServer) -> None:
+    bus = NatsBus(server.url, name="test")
+    await bus.aclose()
+    refused = NatsBus("nats://127.0.0.1:1", name="test", connect_timeout_s=0.2)
+    with pytest.raises(BusError, match="127.0.0.1:1"):
+        await refused.connect()
+    await refused.aclose()
+
+
+async def test_a_bus_can_be_closed_while_the_server_is_away_and_twice(server: EmbeddedServer) -> None:
+    async with connected(server.url) as bus:
+        await server.stop()
+        await until(lambda: not bus.is_connected)
+        await asyncio.sleep(0.15)  # within a reconnection
+        async with asyncio.timeout(5):
+            await bus.aclose()
+            await bus.aclose()
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("nats ")]
+
+
+async def test_a_close_does_not_wait_for_a_server_that_stopped_answering(server: EmbeddedServer) -> None:
+    bus = NatsBus(server.url, name="test")
+    await bus.connect()
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        while bus.publish_nowait("a", b"x" * 1_000_000):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await bus.aclose()
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+# ---- TLS
+
+
+@asynccontextmanager
+async def tls_server(folder: Path) -> AsyncIterator[str]:
+    """A nats-server with a certificate of its own for localhost; its address."""
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=localhost"
+    words = [*make.split(), "-addext", "subjectAltName=DNS:localhost"]
+    made = await asyncio.create_subprocess_exec(
+        *words, cwd=folder, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert await made.wait() == 0
+    config = folder / "tls.conf"
+    config.write_text('listen: "127.0.0.1:-1"\nmax_payload: 8388608\ntls { cert_file: cert.pem, key_file: key.pem }\n')
+    process = await asyncio.create_subprocess_exec(
+        *(find_binary(), "-c", config.name, "--ports_file_dir", ".", "-l", "log"), cwd=folder
+    )
+    try:
+        ports = folder / f"nats-server_{process.pid}.ports"
+        await until(lambda: ports.exists() and ports.read_text().strip().endswith("}"))
+        yield f"tls://localhost:{json.loads(ports.read_text())['nats'][0].rpartition(':')[2]}"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+async def test_tls_is_spoken_and_a_foreign_certificate_refused(tmp_path: Path) -> None:
+    async with tls_server(tmp_path) as url:
+        bus = NatsBus(url, name="test", tls=ssl.create_default_context(cafile=str(tmp_path / "cert.pem")))
+        await bus.connect()
+        await bus.subscribe("echo", lambda delivery: bus.publish_nowait(delivery.reply, delivery.payload) and None)
+        for length in (5, 300_000):
+            assert await bus.request("echo", b"x" * length, timeout_s=5) == b"x" * length
+        await bus.aclose()
+        with pytest.raises(BusError, match="certificate verify failed"):
+            await NatsBus(url, name="test", connect_timeout_s=2).connect()
 
 
 # ---- addresses
