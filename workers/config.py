@@ -25,16 +25,24 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_tokens: Annotated[int, Meta(description="tokens in one KV block", ge=1, le=4096)] = 32
     kv_blocks: Annotated[int, Meta(description="KV blocks, 0: from kv_gib", ge=0)] = 0
     kv_gib: Annotated[float, Meta(description="KV cache memory in GiB (vllm)", gt=0)] = 1.0
-    max_model_len: Annotated[int, Meta(description="prompt and output tokens of one request, 0: the model's own", ge=0)] = 0
+    max_model_len: Annotated[
+        int, Meta(description="prompt and output tokens of one request, 0: the model's own", ge=0)
+    ] = 0
     chunk_tokens: Annotated[int, Meta(description="prompt tokens computed in one step (prefill)", ge=1)] = 512
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
     cpu_cores: Annotated[str, Meta(description="cores the engine computes on, like 0-3 (vllm on CPU)")] = ""
-    handoff_timeout_s: Annotated[float, Meta(description="KV not here by then is computed by the decode worker", gt=0)] = 60.0
+    handoff_timeout_s: Annotated[
+        float, Meta(description="KV not here by then is computed by the decode worker", gt=0)
+    ] = 60.0
     grace_s: Annotated[float, Meta(description="time to finish what runs after SIGTERM", ge=0)] = 8.0
     heartbeat_s: Annotated[float, Meta(description="time between heartbeats", gt=0)] = 0.5
-    sim_prefill_ms_per_token: Annotated[float, Meta(description="sim: time to compute one prompt token, in ms", ge=0)] = 0.05
+    sim_prefill_ms_per_token: Annotated[
+        float, Meta(description="sim: time to compute one prompt token, in ms", ge=0)
+    ] = 0.05
     sim_itl_ms: Annotated[float, Meta(description="sim: time of one decode step, in ms", ge=0)] = 5.0
     sim_layers: Annotated[int, Meta(description="sim: layers of KV", ge=1)] = 4
-    sim_vocab: Annotated[int, Meta(description="sim: token ids 0..n-1 it makes when the model has no tokenizer", ge=2)] = 32000
+    sim_vocab: Annotated[
+        int, Meta(description="sim: token ids 0..n-1 it makes when the model has no tokenizer", ge=2)
+    ] = 32000
     metrics_port: Annotated[int, Meta(description="port of /metrics, 0: none", ge=0, le=65535)] = 0
     engine_args: Annotated[dict[str, object], Meta(description="passed to the engine as they are (vllm)")] = {}

@@ -34,14 +34,14 @@ class Child:
 
     async def card(self) -> WorkerCard:
         assert self.process.stdout is not None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(25):
             ready = json.loads(await self.process.stdout.readline())
         card = await self._router.bus.registry.get(WorkerId(ready["ready"]))
         assert card is not None
         return card
 
     async def exit_code(self) -> int:
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(25):
             return await self.process.wait()
 
 
