@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
 from ..generation import Failure
+from ..text.detokenize import escape
 from ..text.model_text import ModelText
 from .errors import failure_event
 from .sink import Sink
@@ -20,69 +20,84 @@ from .stream import ShownToken
 
 _json = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
+LOGPROB_MIN = -9999.0  # JSON has no infinity; as in vLLM.
 
 
-@dataclass(slots=True)
 class AnswerShape:
     """What every chunk and body of one answer has in common."""
 
-    answer_id: str
-    model: str
-    is_chat: bool
-    includes_usage: bool
-    prompt_tokens: int
-    text: ModelText
-    created: int = 0
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        text: ModelText,
+        *,
+        is_chat: bool,
+        includes_usage: bool,
+        prompt_tokens: int,
+        top_logprobs: int = 0,
+    ) -> None:
+        self.is_chat = is_chat
+        self.includes_usage = includes_usage
+        self._text = text
+        self._prompt_tokens = prompt_tokens
+        self._top_logprobs = top_logprobs
+        whole, part = ("chat.completion", "chat.completion.chunk") if is_chat else ("text_completion",) * 2
+        answer_id = ("chatcmpl-" if is_chat else "cmpl-") + request_id
+        self.start: dict[str, object] = {
+            "id": answer_id,
+            "object": whole,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.chunk_start = b'data: %b,"choices":[' % _json({**self.start, "object": part})[:-1]
+        self.chunk_end = b'],"usage":null}\n\n' if includes_usage else b"]}\n\n"
 
-    def __post_init__(self) -> None:
-        self.created = self.created or int(time.time())
-
-    @property
-    def chunk_object(self) -> str:
-        """OpenAI's name for a part of a stream."""
-        return "chat.completion.chunk" if self.is_chat else "text_completion"
-
-    def chunk_start(self, choices: bytes) -> bytes:
-        """An event up to the end of its choices."""
-        return b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[%b' % (
-            _json(self.answer_id), self.chunk_object.encode(), self.created, _json(self.model), choices,
-        )  # fmt: skip
-
-    @property
-    def chunk_end(self) -> bytes:
-        """The rest of an event after its choices."""
-        return b'],"usage":null}\n\n' if self.includes_usage else b"]}\n\n"
-
-    def usage(self, output_tokens: int) -> dict[str, object]:
+    def usage(self, output_tokens: int) -> dict[str, int]:
         """Tokens of the whole answer, all choices together."""
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": self._prompt_tokens,
             "completion_tokens": output_tokens,
-            "total_tokens": self.prompt_tokens + output_tokens,
+            "total_tokens": self._prompt_tokens + output_tokens,
         }
 
-    def logprobs(self, shown: Sequence[ShownToken]) -> object:
-        """OpenAI's object for log probabilities of some tokens."""
+    def logprobs(self, shown: Sequence[ShownToken], text_offset: int) -> dict[str, object]:
+        """OpenAI's object for the log probabilities of some tokens; `text_offset` counts characters before the first one."""
         if self.is_chat:
             return {"content": [self._chat_logprob(token) for token in shown], "refusal": None}
         words = [self._word(token.token_id) for token in shown]
+        offsets = []
+        for word in words:
+            offsets.append(text_offset)
+            text_offset += len(word)
         return {
             "tokens": words,
-            "token_logprobs": [token.logprob.logprob for token in shown],
-            "top_logprobs": [{self._word(i): p for i, p in token.logprob.top} for token in shown],
-            "text_offset": [],
+            "token_logprobs": [max(token.logprob.logprob, LOGPROB_MIN) for token in shown],
+            "top_logprobs": [self._completion_top(token) for token in shown],
+            "text_offset": offsets,
         }
 
+    def text_length(self, shown: Sequence[ShownToken]) -> int:
+        """Characters of the tokens as `logprobs` shows them."""
+        return sum(len(self._word(token.token_id)) for token in shown)
+
     def _word(self, token_id: int) -> str:
-        return self.text.token_bytes(token_id).decode("utf-8", "replace")
+        return self._text.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _completion_top(self, token: ShownToken) -> dict[str, float] | None:
+        if not self._top_logprobs:
+            return None
+        # The chosen token is always there, likely or not.
+        top = [*token.logprob.top[: self._top_logprobs], (token.token_id, token.logprob.logprob)]
+        return {self._word(token_id): max(logprob, LOGPROB_MIN) for token_id, logprob in top}
 
     def _chat_logprob(self, token: ShownToken) -> dict[str, object]:
-        top = [self._one_logprob(token_id, logprob) for token_id, logprob in token.logprob.top]
+        top = [self._one_logprob(*item) for item in token.logprob.top[: self._top_logprobs]]
         return {**self._one_logprob(token.token_id, token.logprob.logprob), "top_logprobs": top}
 
     def _one_logprob(self, token_id: int, logprob: float) -> dict[str, object]:
-        raw = self.text.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+        raw = self._text.token_bytes(token_id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LOGPROB_MIN), "bytes": list(raw)}
 
 
 class EventStream:
@@ -90,12 +105,18 @@ class EventStream:
 
     def __init__(self, shape: AnswerShape, choices: int, on_failed: Callable[[], None]) -> None:
         self.shape = shape
+        self.failure: Failure | None = None
         self._sink: Sink | None = None
-        self._early: list[tuple[bytes, bool]] = []
+        self._early: list[bytes] = []
         self._open = choices
         self._output_tokens = 0
         self._is_over = False
         self._on_failed = on_failed
+
+    @property
+    def is_failed_unseen(self) -> bool:
+        """It failed before there was anything to show: an HTTP status can still say so."""
+        return self.failure is not None and len(self._early) == 1
 
     def choice(self, index: int, echo: str = "") -> EventChoice:
         """The writer of one choice; `echo` is text that comes before the answer's own."""
@@ -104,9 +125,9 @@ class EventStream:
     def attach(self, sink: Sink) -> None:
         """Write from now on, and what came before."""
         self._sink = sink
-        for body, is_last in self._early:
-            sink.write(body, is_last=is_last)
-        self._early.clear()
+        if self._early:
+            sink.write(b"".join(self._early), is_last=self._is_over)
+            self._early.clear()
 
     def write(self, body: bytes, *, is_last: bool = False) -> None:
         """One or more whole events."""
@@ -116,7 +137,7 @@ class EventStream:
         if self._sink is not None:
             self._sink.write(body, is_last=is_last)
         else:
-            self._early.append((body, is_last))
+            self._early.append(body)
 
     def end_choice(self, body: bytes, output_tokens: int) -> None:
         """A choice's last event; after the last choice the usage and the end."""
@@ -126,13 +147,13 @@ class EventStream:
             self.write(body)
             return
         if self.shape.includes_usage:
-            usage = _json(self.shape.usage(self._output_tokens))
-            body += b'%b],"usage":%b}\n\n' % (self.shape.chunk_start(b""), usage)
+            body += b'%b],"usage":%b}\n\n' % (self.shape.chunk_start, _json(self.shape.usage(self._output_tokens)))
         self.write(body + DONE, is_last=True)
 
     def fail(self, failure: Failure) -> None:
         """One error event ends the whole answer."""
         if not self._is_over:
+            self.failure = failure
             self.write(failure_event(failure), is_last=True)
             self._on_failed()
 
@@ -140,29 +161,32 @@ class EventStream:
 class EventChoice:
     """One choice of an `EventStream`."""
 
-    __slots__ = ("_answer", "_head", "_index", "_tail")
+    __slots__ = ("_answer", "_first", "_head", "_index", "_tail", "_text_offset")
 
     def __init__(self, answer: EventStream, index: int, echo: str) -> None:
         shape = answer.shape
         self._answer = answer
         self._index = index
+        self._first = (
+            b""  # Goes out with the first text, not before it: clients take the first event for the first token.
+        )
+        self._text_offset = 0
         if shape.is_chat:
-            self._head = shape.chunk_start(b'{"index":%d,"delta":{"content":"' % index)
+            self._head = b'%b{"index":%d,"delta":{"content":"' % (shape.chunk_start, index)
             self._tail = b'"},"logprobs":null,"finish_reason":null}' + shape.chunk_end
-            first = (
-                b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
-            )
-            answer.write(shape.chunk_start(first) + shape.chunk_end)
+            self._first = b'%b{"index":%d,"delta":{"role":"assistant","content":"%b' % (
+                shape.chunk_start, index, self._tail,
+            )  # fmt: skip
         else:
-            self._head = shape.chunk_start(b'{"index":%d,"text":"' % index)
+            self._head = b'%b{"index":%d,"text":"' % (shape.chunk_start, index)
             self._tail = b'","logprobs":null,"finish_reason":null}' + shape.chunk_end
             if echo:
-                answer.write(self._head + _json(echo)[1:-1] + self._tail)
+                self._first = self._head + escape(echo) + self._tail
 
     def write(self, parts: list[bytes], logprobs: Sequence[ShownToken]) -> None:
         """Pieces of escaped text."""
         text = parts[0] if len(parts) == 1 else b"".join(parts)
-        if logprobs:
+        if logprobs or self._first:
             self._answer.write(self._chunk(text, logprobs, b"null"))
         else:
             self._answer.write(b"%b%b%b" % (self._head, text, self._tail))
@@ -172,15 +196,21 @@ class EventChoice:
         chunk = self._chunk(b"".join(parts), logprobs, b'"%b"' % finish_reason.encode())
         self._answer.end_choice(chunk, output_tokens)
 
-    def fail(self, failure: Failure, output_tokens: int) -> None:
+    def fail(self, failure: Failure) -> None:
         """There will be no more."""
         self._answer.fail(failure)
 
     def _chunk(self, text: bytes, logprobs: Sequence[ShownToken], reason: bytes) -> bytes:
+        first, self._first = self._first, b""
         shape = self._answer.shape
-        shown = _json(shape.logprobs(logprobs)) if logprobs else b"null"
+        shown = b"null"
+        if logprobs:
+            shown = _json(shape.logprobs(logprobs, self._text_offset))
+            self._text_offset += shape.text_length(logprobs)
         close = b'"}' if shape.is_chat else b'"'
-        return b'%b%b%b,"logprobs":%b,"finish_reason":%b}%b' % (self._head, text, close, shown, reason, shape.chunk_end)
+        return b'%b%b%b%b,"logprobs":%b,"finish_reason":%b}%b' % (
+            first, self._head, text, close, shown, reason, shape.chunk_end,
+        )  # fmt: skip
 
 
 class WholeAnswer:
@@ -194,7 +224,7 @@ class WholeAnswer:
         self._on_done = on_done
 
     def choice(self, index: int, echo: str = "") -> WholeChoice:
-        """The writer of one choice."""
+        """The writer of one choice; they are made in the order of their indexes."""
         choice = WholeChoice(self, index, echo)
         self._choices.append(choice)
         return choice
@@ -216,11 +246,8 @@ class WholeAnswer:
         shape = self.shape
         return _json(
             {
-                "id": shape.answer_id,
-                "object": "chat.completion" if shape.is_chat else "text_completion",
-                "created": shape.created,
-                "model": shape.model,
-                "choices": [choice.json() for choice in sorted(self._choices, key=lambda choice: choice.index)],
+                **shape.start,
+                "choices": [choice.json() for choice in self._choices],
                 "usage": shape.usage(sum(choice.output_tokens for choice in self._choices)),
             }
         )
@@ -229,11 +256,13 @@ class WholeAnswer:
 class WholeChoice:
     """One choice of a `WholeAnswer`."""
 
+    __slots__ = ("_answer", "_finish_reason", "_index", "_logprobs", "_parts", "output_tokens")
+
     def __init__(self, answer: WholeAnswer, index: int, echo: str) -> None:
-        self.index = index
         self.output_tokens = 0
+        self._index = index
         self._answer = answer
-        self._parts: list[bytes] = [_json(echo)[1:-1]] if echo else []
+        self._parts: list[bytes] = [escape(echo)] if echo else []
         self._logprobs: list[ShownToken] = []
         self._finish_reason = ""
 
@@ -248,16 +277,16 @@ class WholeChoice:
         self._finish_reason, self.output_tokens = finish_reason, output_tokens
         self._answer.end_choice()
 
-    def fail(self, failure: Failure, output_tokens: int) -> None:
+    def fail(self, failure: Failure) -> None:
         """The whole answer fails."""
         self._answer.fail(failure)
 
     def json(self) -> dict[str, object]:
         """OpenAI's object for a choice."""
-        content = msgspec.Raw(b'"' + b"".join(self._parts) + b'"')
+        content = msgspec.Raw(b'"%b"' % b"".join(self._parts))
         shape = self._answer.shape
-        logprobs = shape.logprobs(self._logprobs) if self._logprobs else None
+        logprobs = shape.logprobs(self._logprobs, 0) if self._logprobs else None
         end = {"logprobs": logprobs, "finish_reason": self._finish_reason}
         if shape.is_chat:
-            return {"index": self.index, "message": {"role": "assistant", "content": content, "refusal": None}, **end}
-        return {"index": self.index, "text": content, **end}
+            return {"index": self._index, "message": {"role": "assistant", "content": content, "refusal": None}, **end}
+        return {"index": self._index, "text": content, **end}

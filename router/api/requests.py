@@ -1,303 +1,305 @@
-"""OpenAI's request bodies, checked field by field into plain typed requests. Every refusal names the parameter."""
+"""OpenAI's request bodies, and what is left of them once they are valid.
+
+A body is decoded once, straight into its struct; only when that fails does `explain.py` look for words. A field that no struct
+here has is refused by name. Accepted and ignored: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
+and parallel_tool_calls and tool_choice "none" (there are no tools). A field typed `None` may be present, as SDKs send it, but
+must be null: the feature does not exist yet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from ...bus.messages import SamplingParams
-from .errors import ApiError
-from .fields import Check, array, boolean, ignored, integer, number, only, out_of_range, refused, string, wrong_type
+from .errors import bad_request
+from .explain import explain
 
-N_MAX = 8
-STOPS_MAX = 16
-STOP_CHARACTERS_MAX = 256
-MESSAGES_MAX = 2048
-PROMPTS_MAX = 64
-TEXT_CHARACTERS_MAX = 4 << 20
-TOKENS_MAX = 1 << 22
-LOGIT_BIAS_MAX = 1024
-ROLES = ("system", "developer", "user", "assistant", "tool")
+Meta = msgspec.Meta
+
+CHOICES_MAX = 128  # n times the number of prompts
+_INT64_MAX = 2**63 - 1
+_Text = Annotated[str, Meta(max_length=256)]
+_Name = Annotated[str, Meta(min_length=1, max_length=256)]
+_Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+_TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Stop = Annotated[str, Meta(min_length=1, max_length=256)]
+_Limit = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Nothing = Annotated[list[None], Meta(max_length=0)] | None
 
 
-@dataclass(slots=True)
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    """A struct of a request; `kw_only=True` must be repeated on each subclass."""
+
+
+class StreamOptions(_Body, kw_only=True):
+    """How a stream is dressed."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # ignored: padding that OpenAI adds against traffic analysis
+
+
+class ResponseFormat(_Body, kw_only=True):
+    """Only plain text yet."""
+
+    type: Literal["text"]
+
+
+class TextPart(_Body, kw_only=True):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body, kw_only=True):
+    """One turn of a chat; the null fields are what SDKs send back of an answer."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=1024)]
+    name: _Text | None = None
+    tool_call_id: _Text | None = None
+    tool_calls: _Nothing = None
+    annotations: _Nothing = None
+    function_call: None = None
+    refusal: None = None
+    audio: None = None
+    reasoning: None = None
+    reasoning_content: None = None
+
+    def for_template(self) -> dict[str, object]:
+        """As chat templates take it: text parts as lines, like vLLM."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message: dict[str, object] = {"role": self.role, "content": content}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class _GenerateBody(_Body, kw_only=True):
+    """What both endpoints take."""
+
+    model: _Name
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=8)] | None = None
+    max_tokens: _Limit | None = None
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=16)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=_INT64_MAX)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[_TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    # Beyond OpenAI's, as in vLLM.
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[_TokenId], Meta(max_length=128)] | None = None
+    # Ignored.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: _Text | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class ChatBody(_GenerateBody, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=2048)]
+    max_completion_tokens: _Limit | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None
+    tools: _Nothing = None
+    functions: _Nothing = None
+    function_call: Literal["none"] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class CompletionBody(_GenerateBody, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str | _TokenId | list[_TokenId]], Meta(min_length=1)]
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=8)] | None = None
+    suffix: Literal[""] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a client asks for, before templating and tokenizing."""
+    """A valid request. Exactly one of `messages`, `texts` and `token_lists` is there."""
 
-    model: str = ""
-    messages: list[dict[str, object]] = field(default_factory=list)  # chat
-    prompts: list[str | list[int]] = field(default_factory=list)  # completions
-    n: int = 1
-    is_streamed: bool = False
-    includes_usage: bool = False
+    model: str
+    sampling: SamplingParams  # complete but for what `sampling_for` adds
+    n: int
+    is_streamed: bool
+    includes_usage: bool
+    max_tokens: int | None  # None: what is left of the context
+    stops: tuple[str, ...]
+    messages: list[dict[str, object]] | None = None
+    texts: list[str] | None = None
+    token_lists: list[list[int]] | None = None
     echoes: bool = False
-    max_tokens: int | None = None  # None: what is left of the context
-    stops: tuple[str, ...] = ()
-    logprobs: int | None = None  # None: off; k: the chosen token and the k most likely ones
-    sampling: dict[str, object] = field(default_factory=dict)  # fields of SamplingParams that were given
 
-    def sampling_params(self, *, max_tokens: int, choice: int, eos_ids: tuple[int, ...]) -> SamplingParams:
-        """For one of `n` choices: a seed that was given grows by one with each."""
-        given = dict(self.sampling)
-        if isinstance(seed := given.get("seed"), int):
-            given["seed"] = (seed + choice) & ((1 << 63) - 1)
-        stop_ids = given.get("stop_token_ids", ())
-        assert isinstance(stop_ids, tuple)
-        ends = () if given.get("ignore_eos") else eos_ids
-        given |= {
-            "max_tokens": max_tokens,
-            "logprobs": self.logprobs,
-            "stop_token_ids": tuple(dict.fromkeys((*stop_ids, *ends))),
-        }
-        return msgspec.convert(given, SamplingParams)
+    @property
+    def is_chat(self) -> bool:
+        """Which of the two endpoints it came to."""
+        return self.messages is not None
+
+    def sampling_for(self, choice: int, max_tokens: int, eos_ids: tuple[int, ...]) -> SamplingParams:
+        """For one of the `n` choices of a prompt: a seed grows by one with each."""
+        sampling = self.sampling
+        seed = sampling.seed
+        if seed is not None and choice:
+            seed = (seed + choice + 2**63) % 2**64 - 2**63  # It stays within int64.
+        stop_token_ids = sampling.stop_token_ids
+        if eos_ids and not sampling.ignore_eos:
+            stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *eos_ids))) if stop_token_ids else eos_ids
+        return replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stop_token_ids)
 
 
-def _stop(value: object, name: str) -> tuple[str, ...]:
-    check = string(STOP_CHARACTERS_MAX, length_min=1)
-    if isinstance(value, str):
-        return (check(value, name),)
-    if not isinstance(value, list):
-        raise wrong_type(value, name, "a string or an array of strings")
-    items = array(value, name, length_min=0, length_max=STOPS_MAX)
-    return tuple(check(item, f"{name}[{position}]") for position, item in enumerate(items))
+_decode_chat = msgspec.json.Decoder(ChatBody).decode
+_decode_completion = msgspec.json.Decoder(CompletionBody).decode
+COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's; a chat runs to the end of the context
 
 
-def _logit_bias(value: object, name: str) -> dict[int, float] | None:
-    if not isinstance(value, dict):
-        raise wrong_type(value, name, "an object")
-    if len(value) > LOGIT_BIAS_MAX:
-        raise out_of_range(name, f"must have at most {LOGIT_BIAS_MAX} entries, got {len(value)}")
-    biases = {}
-    for key, bias in value.items():
-        if not key.isascii() or not key.isdigit() or len(key) > 9:
-            raise out_of_range(name, f"keys are token ids, got {key[:32]!r}")
-        biases[int(key)] = number(-100, 100)(bias, f"{name}.{key}")
-    return biases or None
-
-
-def _token_ids(value: object, name: str) -> tuple[int, ...]:
-    check = integer(0, (1 << 31) - 1)
-    items = array(value, name, length_min=0, length_max=128)
-    return tuple(check(item, f"{name}[{position}]") for position, item in enumerate(items))
-
-
-def _stream_options(value: object, name: str) -> bool:
-    if not isinstance(value, dict):
-        raise wrong_type(value, name, "an object")
-    for key, option in value.items():
-        if key not in ("include_usage", "include_obfuscation"):
-            raise ApiError(f"unknown parameter: '{name}.{key}'", param=f"{name}.{key}", code="unknown_parameter")
-        boolean(option, f"{name}.{key}")
-    return value.get("include_usage") is True
-
-
-def _text_of(value: object, name: str) -> str:
-    """A message's content: a string or a list of text parts."""
-    check = string(TEXT_CHARACTERS_MAX)
-    if isinstance(value, str):
-        return check(value, name)
-    if not isinstance(value, list):
-        raise wrong_type(value, name, "a string or an array of text parts")
-    texts = []
-    for position, part in enumerate(array(value, name, length_min=1, length_max=MESSAGES_MAX)):
-        where = f"{name}[{position}]"
-        if not isinstance(part, dict):
-            raise wrong_type(part, where, "an object")
-        if part.get("type") != "text":
-            raise ApiError(f"'{where}.type' must be 'text'; other parts are not supported", param=f"{where}.type",
-                           code="unsupported_parameter")  # fmt: skip
-        if unknown := next((key for key in part if key not in ("type", "text")), None):
-            raise ApiError(
-                f"unknown parameter: '{where}.{unknown}'", param=f"{where}.{unknown}", code="unknown_parameter"
-            )
-        texts.append(check(part.get("text"), f"{where}.text"))
-    return "".join(texts)
-
-
-def _messages(value: object, name: str) -> list[dict[str, object]]:
-    messages: list[dict[str, object]] = []
-    for position, message in enumerate(array(value, name, length_min=1, length_max=MESSAGES_MAX)):
-        where = f"{name}[{position}]"
-        if not isinstance(message, dict):
-            raise wrong_type(message, where, "an object")
-        role = string(32)(message.get("role"), f"{where}.role")
-        if role not in ROLES:
-            raise out_of_range(f"{where}.role", f"must be one of {', '.join(ROLES)}, got {role!r}")
-        for key in message:
-            if key not in ("role", "content", "name", "tool_call_id", "refusal"):
-                raise ApiError(f"unknown parameter: '{where}.{key}'", param=f"{where}.{key}", code="unknown_parameter")
-        checked: dict[str, object] = {"role": role, "content": _text_of(message.get("content"), f"{where}.content")}
-        for key in ("name", "tool_call_id"):
-            if message.get(key) is not None:
-                checked[key] = string(256)(message[key], f"{where}.{key}")
-        messages.append(checked)
-    return messages
-
-
-def _prompts(value: object, name: str) -> list[str | list[int]]:
-    """A string, several strings, token ids, or several lists of token ids."""
-    if isinstance(value, str):
-        return [string(TEXT_CHARACTERS_MAX)(value, name)]
-    if not isinstance(value, list):
-        raise wrong_type(value, name, "a string or an array")
-    if value and type(value[0]) is int:
-        return [_prompt_ids(value, name)]
-    items = array(value, name, length_min=1, length_max=PROMPTS_MAX)
-    prompts: list[str | list[int]] = []
-    for position, item in enumerate(items):
-        where = f"{name}[{position}]"
-        if isinstance(item, list):
-            prompts.append(_prompt_ids(item, where))
-        else:
-            prompts.append(string(TEXT_CHARACTERS_MAX)(item, where))
-    return prompts
-
-
-def _prompt_ids(value: list[object], name: str) -> list[int]:
-    ids: list[int] = []
-    for position, item in enumerate(array(value, name, length_min=1, length_max=TOKENS_MAX)):
-        if type(item) is not int:
-            raise wrong_type(item, f"{name}[{position}]", "an integer")
-        if not 0 <= item < 1 << 31:
-            raise out_of_range(f"{name}[{position}]", "is no token id")
-        ids.append(item)
-    return ids
-
-
-_INTERNAL = refused("it is the server's own")
-_LATER = "not in this version"
-_SAMPLING: dict[str, Check[object]] = {
-    "temperature": number(0, 2),
-    "top_p": number(0, 1, above_low=True),
-    "top_k": integer(0, 1 << 20),
-    "min_p": number(0, 1),
-    "seed": integer(0, (1 << 63) - 1),
-    "frequency_penalty": number(-2, 2),
-    "presence_penalty": number(-2, 2),
-    "repetition_penalty": number(0, 2, above_low=True),
-    "logit_bias": _logit_bias,
-    "min_tokens": integer(0, TOKENS_MAX),
-    "ignore_eos": boolean,
-    "stop_token_ids": _token_ids,
-}
-_COMMON: dict[str, Check[object]] = {
-    **_SAMPLING,
-    "model": string(256, length_min=1),
-    "n": integer(1, N_MAX),
-    "stream": boolean,
-    "stream_options": _stream_options,
-    "stop": _stop,
-    "max_tokens": integer(1, TOKENS_MAX),
-    "user": string(4096),
-    "metadata": ignored,
-    "store": ignored,
-    "service_tier": ignored,
-    "safety_identifier": ignored,
-    "prompt_cache_key": ignored,
-    **dict.fromkeys(
-        ("kv_transfer_params", "cache_salt", "priority", "request_id", "prompt_embeds", "chat_template", "vllm_xargs"),
-        _INTERNAL,
-    ),
-    **dict.fromkeys(("chat_template_kwargs", "logits_processors", "lora_path", "mm_processor_kwargs"), _INTERNAL),
-}
-_CHAT: dict[str, Check[object]] = {
-    **_COMMON,
-    "messages": _messages,
-    "max_completion_tokens": integer(1, TOKENS_MAX),
-    "logprobs": boolean,
-    "top_logprobs": integer(0, 20),
-    "parallel_tool_calls": ignored,
-    "tools": only([], _LATER),
-    "tool_choice": only("none", _LATER),
-    "functions": only([], _LATER),
-    "function_call": only("none", _LATER),
-    "response_format": only({"type": "text"}, _LATER),
-    "modalities": only(["text"], "text only"),
-    "audio": refused("text only"),
-    "prediction": refused(_LATER),
-    "reasoning_effort": refused(_LATER),
-    "web_search_options": refused("there is no web search"),
-}
-_COMPLETION: dict[str, Check[object]] = {
-    **_COMMON,
-    "prompt": _prompts,
-    "logprobs": integer(0, 5),
-    "echo": boolean,
-    "best_of": integer(1, N_MAX),
-    "suffix": only("", _LATER),
-}
-
-
-def _checked(body: bytes, checks: Mapping[str, Check[object]]) -> dict[str, object]:
+def parse_chat(raw: bytes, vocab_size: int) -> GenerateRequest:
+    """A chat request; raises ApiError."""
     try:
-        raw = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(raw, dict):
-        raise ApiError("the body must be a JSON object", code="invalid_json")
-    values = {}
-    for name, value in raw.items():
-        check = checks.get(name)
-        if check is None:
-            shown = name if len(name) <= 64 else name[:64] + "..."
-            raise ApiError(f"unknown parameter: '{shown}'", param=shown, code="unknown_parameter")
-        if value is not None:
-            values[name] = check(value, name)
-    return values
+        body = _decode_chat(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise explain(error, raw) from None
+    if body.top_logprobs is not None and not body.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    if body.max_completion_tokens is not None:
+        body.max_tokens = body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return GenerateRequest(
+        body.model,
+        _sampling(body, logprobs, vocab_size),
+        body.n or 1,
+        bool(body.stream),
+        _wants_usage(body),
+        body.max_tokens,
+        _stops(body),
+        messages=[message.for_template() for message in body.messages],
+    )
 
 
-def _common(values: Mapping[str, object]) -> GenerateRequest:
-    request = GenerateRequest()
-    if "model" not in values:
-        raise ApiError("missing required parameter: 'model'", param="model", code="missing_parameter")
-    request.model = str(values["model"])
-    request.n = int(values.get("n", 1))  # type: ignore[call-overload]  # Checked: an integer.
-    request.is_streamed = values.get("stream") is True
-    if "stream_options" in values and not request.is_streamed:
-        raise ApiError("'stream_options' needs 'stream': true", param="stream_options", code="invalid_value")
-    request.includes_usage = values.get("stream_options") is True
-    request.stops = values.get("stop", ())  # type: ignore[assignment]  # Checked: a tuple of strings.
-    request.sampling = {name: values[name] for name in _SAMPLING if name in values}
-    max_tokens = values.get("max_completion_tokens", values.get("max_tokens"))
-    request.max_tokens = max_tokens if isinstance(max_tokens, int) else None
-    minimum = request.sampling.get("min_tokens", 0)
-    if isinstance(minimum, int) and request.max_tokens is not None and minimum > request.max_tokens:
-        raise out_of_range("min_tokens", f"{minimum} is more than max_tokens {request.max_tokens}")
-    return request
+def parse_completion(raw: bytes, vocab_size: int) -> GenerateRequest:
+    """A completion request; raises ApiError."""
+    try:
+        body = _decode_completion(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise explain(error, raw) from None
+    n = body.n or 1
+    if body.best_of is not None and body.best_of != n:
+        raise bad_request("best_of other than n is not supported yet", "best_of")
+    if body.echo and body.logprobs is not None:
+        raise bad_request("echo together with logprobs is not supported yet", "echo")
+    texts, token_lists = _prompts(body.prompt, vocab_size)
+    if n * len(texts or token_lists or ()) > CHOICES_MAX:
+        raise bad_request(f"at most {CHOICES_MAX} choices (prompts times n) in one request", "prompt")
+    if body.max_tokens is None:
+        body.max_tokens = COMPLETION_TOKENS_DEFAULT
+    return GenerateRequest(
+        body.model,
+        _sampling(body, body.logprobs, vocab_size),
+        n,
+        bool(body.stream),
+        _wants_usage(body),
+        body.max_tokens,
+        _stops(body),
+        texts=texts,
+        token_lists=token_lists,
+        echoes=bool(body.echo),
+    )
 
 
-def parse_chat(body: bytes) -> GenerateRequest:
-    """The body of POST /v1/chat/completions. Raises ApiError."""
-    values = _checked(body, _CHAT)
-    request = _common(values)
-    if "messages" not in values:
-        raise ApiError("missing required parameter: 'messages'", param="messages", code="missing_parameter")
-    request.messages = values["messages"]  # type: ignore[assignment]  # Checked by _messages.
-    top = values.get("top_logprobs")
-    if values.get("logprobs") is True:
-        request.logprobs = top if isinstance(top, int) else 0
-    elif top is not None:
-        raise ApiError("'top_logprobs' needs 'logprobs': true", param="top_logprobs", code="invalid_value")
-    return request
+def _prompts(
+    prompt: str | list[str | int | list[int]], vocab_size: int
+) -> tuple[list[str] | None, list[list[int]] | None]:
+    """All texts, or all lists of token ids."""
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    texts = [item for item in prompt if isinstance(item, str)]
+    if len(texts) == len(prompt):
+        if "" in texts:
+            raise bad_request("a prompt must not be empty", "prompt")
+        return texts, None
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    lists = [item for item in prompt if isinstance(item, list)]
+    if len(token_ids) == len(prompt):
+        lists = [token_ids]
+    elif len(lists) != len(prompt):
+        raise bad_request(
+            "prompt must be a text, a list of texts, a list of token ids or a list of such lists", "prompt"
+        )
+    for token_list in lists:
+        if not token_list:
+            raise bad_request("a prompt must not be empty", "prompt")
+        _check_ids(max(token_list), vocab_size, "prompt")
+    return None, lists
 
 
-def parse_completion(body: bytes) -> GenerateRequest:
-    """The body of POST /v1/completions. Raises ApiError."""
-    values = _checked(body, _COMPLETION)
-    request = _common(values)
-    if "prompt" not in values:
-        raise ApiError("missing required parameter: 'prompt'", param="prompt", code="missing_parameter")
-    request.prompts = values["prompt"]  # type: ignore[assignment]  # Checked by _prompts.
-    if request.max_tokens is None:
-        request.max_tokens = 16
-    logprobs = values.get("logprobs")
-    request.logprobs = logprobs if isinstance(logprobs, int) else None
-    request.echoes = values.get("echo") is True
-    if request.echoes and request.logprobs is not None:
-        raise ApiError("'echo' with 'logprobs' is not supported", param="echo", code="unsupported_parameter")
-    best_of = values.get("best_of")
-    if best_of is not None and best_of != request.n:
-        raise ApiError("'best_of' other than 'n' is not supported", param="best_of", code="unsupported_parameter")
-    return request
+def _check_ids(largest: int, vocab_size: int, param: str) -> None:
+    if largest >= vocab_size:
+        raise bad_request(f"{param}: token id {largest} is not below the vocabulary's size, {vocab_size}", param)
+
+
+def _stops(body: _GenerateBody) -> tuple[str, ...]:
+    if body.stop is None:
+        return ()
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+
+
+def _wants_usage(body: _GenerateBody) -> bool:
+    if body.stream_options is None:
+        return False
+    if not body.stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+    return bool(body.stream_options.include_usage)
+
+
+def _sampling(body: _GenerateBody, logprobs: int | None, vocab_size: int) -> SamplingParams:
+    if body.logit_bias:
+        _check_ids(max(body.logit_bias), vocab_size, "logit_bias")
+    if body.stop_token_ids:
+        _check_ids(max(body.stop_token_ids), vocab_size, "stop_token_ids")
+    min_tokens = body.min_tokens or 0
+    if body.max_tokens is not None and min_tokens > body.max_tokens:
+        raise bad_request(f"min_tokens, {min_tokens}, is more than max_tokens, {body.max_tokens}", "min_tokens")
+    return SamplingParams(
+        max_tokens=body.max_tokens or 1,
+        min_tokens=min_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        seed=body.seed,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=body.logit_bias or None,
+        logprobs=logprobs,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+    )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from http import HTTPStatus
 
+import msgspec
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .errors import error_object
+from .exchange import ABORT_CONNECTION
 
 DEAD_CLIENT_MS = 20_000
 """Unacknowledged data older than this closes a connection: closing does not, uvicorn waits for its buffer to drain."""
@@ -16,8 +23,69 @@ SEND_BUFFER_BYTES = 64 << 10
 BACKLOG = 2048
 
 
+HEAD_TIMEOUT_S = 20.0
+HEAD_BYTES_MAX = 64 << 10
+
+
 class ServerError(Exception):
     """The API cannot listen; the text says where and why."""
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, with bounds on a request's head and a way to drop a connection at once."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _is_in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn's own.
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._on_slow_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+                self._refuse(431, f"the head of the request is larger than {HEAD_BYTES_MAX} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"][ABORT_CONNECTION] = self.transport.abort
+        self._is_in_head = True
+        self._head_bytes = 0
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._on_slow_head)
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _end_head(self) -> None:
+        self._is_in_head = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _on_slow_head(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self._refuse(408, f"the head of the request did not come within {HEAD_TIMEOUT_S:g} s")
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = msgspec.json.encode(error_object(message, status=status, code="bad_http"))
+        head = b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % (
+            status, HTTPStatus(status).phrase.encode(), len(body),
+        )  # fmt: skip
+        self.transport.write(head + body)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -37,7 +105,7 @@ class ApiServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_Protocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,

@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.types import Send
 
+_SEND_ERRORS = (OSError, RuntimeError)  # The client has gone (ASGI 2.4), or the server closed the response on its own.
+
 
 @coroutine
 def _resume(inner: Coroutine[Any, Any, None], waiting_on: object) -> Generator[object, Any, None]:
@@ -61,7 +63,7 @@ class Sink:
             waiting_on = inner.send(None)  # type: ignore[attr-defined]  # Starlette types send as any awaitable; ASGI's are coroutines.
         except StopIteration:
             return
-        except OSError:  # ASGI 2.4: the client has gone.
+        except _SEND_ERRORS:
             self._give_up()
             return
         self._drain_task = asyncio.get_running_loop().create_task(self._drain(inner, waiting_on), name="sse-drain")  # type: ignore[arg-type]  # As above.
@@ -94,7 +96,7 @@ class Sink:
                 self._backlog.clear()
                 self._backlog_bytes = 0
                 await self._send({"type": "http.response.body", "body": body, "more_body": not self._is_ended})
-        except OSError:
+        except _SEND_ERRORS:
             self._give_up()
         finally:
             self._drain_task = None

@@ -1,6 +1,6 @@
 """The token path: a bus frame's entries into their streams, and once a turn each stream's text to its writer.
 
-No task, queue or timer per token (figures: docs/benchmarks.md). The frame handler runs inside the bus's read loop; the
+No task, queue or timer per token. The frame handler runs inside the bus's read loop; the
 flush runs once per turn of the loop and gives each stream's writer everything of that turn at once, so that chunks grow
 by themselves when the process is behind and nothing is held back when it is not.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from ...bus.base import Delivery
@@ -41,7 +41,7 @@ class TextWriter(Protocol):
     def end(self, parts: list[bytes], logprobs: Sequence[ShownToken], finish_reason: str, output_tokens: int) -> None:
         """The last text, and why it is the last."""
 
-    def fail(self, failure: Failure, output_tokens: int) -> None:
+    def fail(self, failure: Failure) -> None:
         """There will be no more; said once, and never after `end`."""
 
 
@@ -65,7 +65,9 @@ class Stream:
         "attempt",
         "end_reason",
         "failure",
+        "gap_turn",
         "is_dirty",
+        "is_shown",
         "next_index",
         "parts",
         "shown",
@@ -86,6 +88,8 @@ class Stream:
         self.end_reason: str | None = None
         self.failure: Failure | None = None
         self.is_dirty = False
+        self.is_shown = False  # its first text has been written
+        self.gap_turn = -1  # the turn of the loop in which its last gap was reported
 
     @property
     def takes_table_text(self) -> bool:
@@ -121,6 +125,33 @@ class Stream:
                 self.parts.append(escape(tail))
         self.end_reason = "length" if reason == "length" else "stop"
 
+    def flush(self) -> None:
+        """Hand over to the writer what came since the last time."""
+        parts, shown = self.parts, self.shown
+        if parts:
+            self.parts = []
+        if shown:
+            self.shown = []
+        if self.end_reason is not None:
+            self.writer.end(parts, shown, self.end_reason, self.next_index)
+            return
+        if parts:
+            self.writer.write(parts, shown)
+        elif shown:
+            self.shown = shown  # Half a character: they go with its other half.
+        if self.failure is not None:
+            self.writer.fail(self.failure)
+
+
+def _failure(finish: int, detail: EntryDetail | None) -> Failure:
+    if finish == FINISH_CANCELLED:
+        code, message = "cancelled", "the worker ended the request"
+    else:
+        code, message = "engine_error", "the engine failed"
+    if detail is not None:
+        code, message = detail.error_code or code, detail.error or message
+    return Failure(code, message, is_retryable=True, status=500)
+
 
 class TokenPath:
     """Every open stream of this router, and the handler of its token frames. Implements `generation.TokenStreams`."""
@@ -131,7 +162,12 @@ class TokenPath:
         self._streams: dict[int, Stream] = {}
         self._numbers = itertools.count(1)
         self._dirty: list[Stream] = []
-        self._call_soon: Callable[..., object] | None = None
+        self._fresh: list[Stream] = []  # dirty for the first time: they are written first
+        self._is_flush_due = False
+        self._turn = 0
+        self.late_entries = 0  # of streams that had ended, or of old attempts
+        self.repeated_entries = 0
+        self.gap_entries = 0  # dropped because tokens before them were missing
 
     def open(self, stream: Stream) -> int:
         """Give the stream its number: the router's own, small, never used twice."""
@@ -176,21 +212,24 @@ class TokenPath:
             try:
                 self._on_entry(frame, entry, details.get(position) if details else None)
             except Exception:  # One stream's bug must not cost the other streams of the frame.
-                log.exception("an entry of a token frame was lost")
+                self._on_bug(entry[0])
 
     def _on_entry(self, frame: TokenFrame, entry: Entry, detail: EntryDetail | None) -> None:
         stream_id, attempt, first_index, token_ids, finish = entry
         stream = self._streams.get(stream_id)
         if stream is None or attempt != stream.attempt:
-            if finish:
+            self.late_entries += 1
+            # An end of an attempt that is yet to be bound comes again; acknowledged, it would not.
+            if finish and (stream is None or attempt < stream.attempt):
                 self._events.on_late_end(frame.worker_id, stream_id, attempt)
             return
         skipped = stream.next_index - first_index
         if skipped < 0:
-            self._events.on_gap(stream_id, stream.next_index)
+            self._on_gap(stream_id, stream)
             return
         if skipped:
-            if not finish and skipped >= len(token_ids):
+            if skipped > len(token_ids) or (skipped == len(token_ids) and not finish):
+                self.repeated_entries += 1
                 return
             token_ids = token_ids[skipped:]
         if not finish and detail is None and len(token_ids) == 1 and stream.takes_table_text:
@@ -235,13 +274,27 @@ class TokenPath:
         if finish == FINISH_NONE:
             return
         if finish in (FINISH_ERROR, FINISH_CANCELLED):
-            code = detail.error_code if detail is not None and detail.error_code else "engine_error"
-            message = detail.error if detail is not None and detail.error else "the engine failed"
-            stream.failure = Failure(code, message, is_retryable=True, status=500)
+            stream.failure = _failure(finish, detail)
         else:
             stream.finish("length" if finish == FINISH_LENGTH else "stop")
         del self._streams[stream_id]
         self._events.on_end(stream_id, finish, stream.next_index, detail)
+
+    def _on_gap(self, stream_id: int, stream: Stream) -> None:
+        self.gap_entries += 1
+        if stream.gap_turn != self._turn:
+            stream.gap_turn = self._turn
+            self._plan_flush()  # It begins the next turn, in which the gap may be reported again.
+            self._events.on_gap(stream_id, stream.next_index)
+
+    def _on_bug(self, stream_id: int) -> None:
+        """End the stream whose entry could not be taken in: with a token missing it can only hang."""
+        log.exception("an entry of a token frame could not be taken in")
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            stream.failure = Failure("internal_error", "internal error", is_retryable=False, status=500)
+            self._mark(stream)
+            self._events.on_stop_string(stream_id, stream.next_index)  # For the core it is the same: we want no more.
 
     # ---- writing
 
@@ -249,28 +302,25 @@ class TokenPath:
         if stream.is_dirty:
             return
         stream.is_dirty = True
-        if not self._dirty:
+        (self._dirty if stream.is_shown else self._fresh).append(stream)
+        self._plan_flush()
+
+    def _plan_flush(self) -> None:
+        if not self._is_flush_due:
+            self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self.flush)
-        self._dirty.append(stream)
 
     def flush(self) -> None:
-        """Write everything that came in this turn of the loop."""
-        dirty, self._dirty = self._dirty, []
-        for stream in dirty:
-            stream.is_dirty = False
-            parts, shown = stream.parts, stream.shown
-            if parts:
-                stream.parts = []
-            if shown:
-                stream.shown = []
-            try:
-                if stream.failure is not None:
-                    if parts or shown:
-                        stream.writer.write(parts, shown)
-                    stream.writer.fail(stream.failure, stream.next_index)
-                elif stream.end_reason is not None:
-                    stream.writer.end(parts, shown, stream.end_reason, stream.next_index)
-                elif parts or shown:
-                    stream.writer.write(parts, shown)
-            except Exception:  # One client's trouble must not cost the others their tokens.
-                log.exception("a stream could not be written")
+        """Write everything that came in this turn of the loop, first tokens first."""
+        self._is_flush_due = False
+        self._turn += 1
+        batches = (self._fresh, self._dirty)
+        self._fresh, self._dirty = [], []
+        for batch in batches:
+            for stream in batch:
+                stream.is_dirty = False
+                stream.is_shown = True
+                try:
+                    stream.flush()
+                except Exception:  # One client's trouble must not cost the others their tokens.
+                    log.exception("a stream could not be written")
