@@ -19,11 +19,14 @@ from hocket.workers.engines.vllm.side_channel import AbortSend, FrontEnd, Hello,
 KEY = HandoffKey(b"k" * 16, 1, 1)
 CONNECTOR = textwrap.dedent(
     """
-    import sys, threading
+    import queue, sys
     from hocket.transport.base import HandoffKey
     from hocket.workers.engines.vllm.side_channel import ConnectorEnd, SendEnded
-    end = ConnectorEnd(sys.argv[1], "worker", lambda note: end.send(SendEnded(note.key, False, 5, note.reason)))
-    threading.Event().wait(30)
+    notes = queue.Queue()
+    end = ConnectorEnd(sys.argv[1], "worker", notes.put)
+    note = notes.get(timeout=30)
+    end.send(SendEnded(note.key, False, 5, note.reason))
+    notes.get(timeout=30)
     """
 )
 

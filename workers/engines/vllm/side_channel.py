@@ -171,7 +171,8 @@ class _Peer(asyncio.Protocol):
 
 
 class ConnectorEnd:
-    """The connector's side, in a process without a loop. `send` from any thread."""
+    """The connector's side, in a process without a loop. `send` from any thread; `on_note` comes on a thread of its own,
+    the first one maybe before this constructor returns."""
 
     def __init__(self, path: str, side: str, on_note: Callable[[Note], None]) -> None:
         self._on_note = on_note
@@ -206,16 +207,22 @@ class ConnectorEnd:
 
     def _read(self) -> None:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))  # Not on the compute cores, see EndpointThread.
+        try:
+            self._read_notes()
+        except Exception:  # The thread's edge: without its life line the process must not live on.
+            log.exception("the side channel failed")
+        if not self._is_closed:
+            # Nobody is left to serve, and vLLM's own processes outlive a killed front end. No cleanup: none is needed.
+            os._exit(1)
+
+    def _read_notes(self) -> None:
         frames = _Frames()
         while True:
             try:
                 received = self._socket.recv(1 << 16)
             except OSError:
-                received = b""
+                return
             if not received:
-                break
+                return
             for note in frames.feed(received):
                 self._on_note(note)
-        if not self._is_closed:
-            # Nobody is left to serve, and vLLM's own processes outlive a killed front end. No cleanup: none is needed.
-            os._exit(1)

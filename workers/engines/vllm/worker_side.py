@@ -56,8 +56,8 @@ class WorkerSide:
 
     def __init__(self, settings: HandoffSettings, channel: str) -> None:
         self._settings = settings
-        self._channel = ConnectorEnd(channel, "worker", self._on_note)
         self._thread: EndpointThread | None = None
+        self._channel = ConnectorEnd(channel, "worker", self._on_note)
         self._layer_index: dict[str, int] = {}
         self._pushed_keys: list[HandoffKey] = []  # of this step
         self._layers_done: set[int] = set()  # in this step
@@ -88,8 +88,9 @@ class WorkerSide:
                 listens=settings.is_decode,
             )
 
-        self._thread = EndpointThread(make)
-        addresses = self._thread.start()
+        thread = EndpointThread(make)
+        addresses = thread.start()
+        self._thread = thread
         self._channel.send(Ready(addresses, pool.layout, pool.blocks))
 
     # The hooks of a step, in their order.
