@@ -16,7 +16,7 @@ import msgspec
 
 from . import subjects
 from .base import BusDisconnected, BusError, NoResponders, QueueUnavailable, RequestTimeout
-from .jetstream import api_subject, seconds, status_of
+from .jetstream import MESSAGE_DELETE_FAILED, ApiAnswer, api_subject, seconds, status_of
 
 if TYPE_CHECKING:
     from .jobs import NatsJobQueue
@@ -28,7 +28,7 @@ PULL_EXPIRES_S = 5.0  # so long a worker that hangs can still be given a job
 HEARTBEAT_S = 2.0
 SILENCE_S = 2.5 * HEARTBEAT_S  # two heartbeats missed: the server has forgotten the request
 BACKOFF_S = 0.25  # an election, a starting server
-CONFIRM_TRY_S = 1.0
+CONFIRM_TRY_S = 0.5  # an answer takes 1 ms
 CONFIRM_TIMEOUT_S = 10.0  # for ack and term: longer than the election of a new stream leader (4.5 to 8 s)
 
 _NAK = b"-NAK"
@@ -222,36 +222,54 @@ class NatsJob:
 
     @property
     def delivery(self) -> int:
-        """1 for the first delivery of this job."""
-        # $JS.ACK.<stream>.<consumer>.<delivered>..., with <domain>.<account> before the stream since 2.15 (11 tokens and more).
+        """1 for the first delivery of this job, and again after a crash of the server: it does not sync the count."""
+        return int(self._fact(4))
+
+    def _fact(self, place: int) -> str:
+        """A token of $JS.ACK.<stream>.<consumer>.<delivered>.<sequence>...; some servers put <domain>.<account> before them."""
         tokens = self._ack_subject.split(".")
-        return int(tokens[4] if len(tokens) == 9 else tokens[6])
+        return tokens[place if len(tokens) == 9 else place + 2]
 
     async def ack(self) -> None:
         """Returns when the queue has removed the job; raises QueueUnavailable after 10 s."""
-        await self._confirm(b"+ACK")
+        await self._remove(b"+ACK")
 
     async def nak(self, delay_s: float = 0.0) -> None:
-        """Give it back, to be delivered again after `delay_s`."""
-        await self._confirm(nak_payload(delay_s))
+        """Give it back, to be delivered again after `delay_s`; unheard, it comes again after `ack_wait_s`."""
+        try:
+            await self._bus.request_raw(self._ack_subject, nak_payload(delay_s), timeout_s=CONFIRM_TRY_S)
+        except (NoResponders, RequestTimeout, BusDisconnected) as error:
+            log.info("a job was given back without an answer: %s", error)
 
     async def in_progress(self) -> None:
         """Restart `ack_wait_s`. While disconnected nothing can be done, and nothing is."""
         self._bus.publish_nowait(self._ack_subject, b"+WPI")
 
     async def term(self, reason: str) -> None:
-        """Remove it without an effect."""
-        await self._confirm(b"+TERM " + reason.encode())
+        """Remove it without an effect; raises QueueUnavailable after 10 s."""
+        await self._remove(b"+TERM " + reason.encode())
 
-    async def _confirm(self, verdict: bytes) -> None:
-        """Repeated until the server answers: plain acks are lost with the process that sent them last."""
+    async def _remove(self, verdict: bytes) -> None:
+        """Repeated until the server answers: a plain ack is lost with the process that sent it last."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CONFIRM_TIMEOUT_S
         while True:
             try:
-                await self._bus.request_raw(self._ack_subject, verdict, timeout_s=CONFIRM_TRY_S)
+                try:
+                    await self._bus.request_raw(self._ack_subject, verdict, timeout_s=CONFIRM_TRY_S)
+                except RequestTimeout:
+                    await self._delete()
                 return
-            except (NoResponders, RequestTimeout, BusDisconnected) as error:
+            except (NoResponders, RequestTimeout, BusDisconnected, QueueUnavailable) as error:
                 if loop.time() + BACKOFF_S > deadline:
                     raise QueueUnavailable(f"the work queue did not confirm {verdict[:5]!r}: {error}") from error
             await asyncio.sleep(BACKOFF_S)
+
+    async def _delete(self) -> None:
+        """For a server that was killed: it forgets its last deliveries, and answers no ack for them."""
+        subject = api_subject("STREAM", "MSG", "DELETE", subjects.PREFILL_STREAM)
+        body = b'{"seq":%d,"no_erase":true}' % int(self._fact(5))
+        answer = await self._bus.request_raw(subject, body, timeout_s=CONFIRM_TRY_S)
+        error = msgspec.json.decode(answer.payload, type=ApiAnswer).error
+        if error is not None and error.code >= 500 and error.err_code != MESSAGE_DELETE_FAILED:
+            raise QueueUnavailable(error.description)  # else: it was removed before

@@ -11,6 +11,9 @@ import pytest
 from hocket.bus import Bus, EmbeddedServer, JobLimits, MemoryBroker, MemoryBus, NatsBus
 
 LIMITS = JobLimits(ack_wait_s=0.5, max_deliver=2, max_jobs=4)
+PATIENT = JobLimits(
+    ack_wait_s=60.0, max_deliver=2, max_jobs=4
+)  # what comes again does not come because of `ack_wait_s`
 TIMEOUT_S = 10.0
 
 
@@ -28,6 +31,7 @@ class Rig:
 
     def __init__(self) -> None:
         self._buses: list[Bus] = []
+        self.limits = LIMITS  # may be changed before the first bus
 
     async def bus(self, name: str = "test") -> Bus:
         """One more connected bus; closed at the end of the test."""
@@ -57,7 +61,12 @@ class MemoryRig(Rig):
 
     def __init__(self) -> None:
         super().__init__()
-        self.broker = MemoryBroker(jobs=LIMITS)
+        self._broker: MemoryBroker | None = None
+
+    @property
+    def broker(self) -> MemoryBroker:
+        self._broker = self._broker or MemoryBroker(jobs=self.limits)
+        return self._broker
 
     def make(self, name: str) -> Bus:
         return MemoryBus(self.broker, name=name)
@@ -77,7 +86,7 @@ class NatsRig(Rig):
         self.server = server
 
     def make(self, name: str) -> Bus:
-        return NatsBus(self.server.url, name=name, jobs=LIMITS, connect_timeout_s=1.0)
+        return NatsBus(self.server.url, name=name, jobs=self.limits, connect_timeout_s=1.0)
 
     async def stop(self) -> None:
         await self.server.stop()

@@ -90,6 +90,21 @@ async def test_every_confirmed_job_is_done_though_the_server_is_killed_twice(ser
     assert set(done) <= {*confirmed, *unconfirmed}
 
 
+async def test_a_job_whose_delivery_the_server_forgot_is_removed_by_its_ack(server: EmbeddedServer) -> None:
+    """A killed nats-server comes back without its last deliveries; it answers no ack for them."""
+    async with connected(server) as bus:
+        sequence = await bus.jobs.publish(LANE, b"done", job_id="1", ttl_s=60)
+        puller = await bus.jobs.puller(LANE)
+        job = await puller.pull()
+        stream, consumer = subjects.PREFILL_STREAM, consumer_name(LANE)
+        await puller.aclose()
+        await call(bus, api_subject("CONSUMER", "DELETE", stream, consumer), None, Answer)
+        await bus.jobs.ensure_consumer(LANE)  # A new one, which delivered nothing yet.
+        async with asyncio.timeout(5):
+            await job.ack()
+        assert not await bus.jobs.delete(sequence)
+
+
 async def test_a_pull_survives_the_loss_of_its_consumer(server: EmbeddedServer) -> None:
     async with connected(server) as bus:
         puller = await bus.jobs.puller(LANE)

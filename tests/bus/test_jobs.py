@@ -9,7 +9,7 @@ import pytest
 
 from hocket.bus import Bus, BusDisconnected, BusError, JobPuller, QueueFull, subjects
 
-from .conftest import LIMITS, Rig, until
+from .conftest import LIMITS, PATIENT, Rig, until
 
 LANE = subjects.prefill_jobs("test")
 
@@ -150,14 +150,14 @@ async def test_a_terminated_job_is_gone(rig: Rig) -> None:
 
 
 async def test_anyone_can_give_back_a_dead_workers_job(rig: Rig) -> None:
+    rig.limits = PATIENT
     router, worker, survivor = await rig.bus(), await rig.bus(), await rig.bus()
     await put(router, b"one")
     job = await (await worker.jobs.puller(LANE)).pull()
     puller = await survivor.jobs.puller(LANE)
-    start = time.monotonic()
     router.jobs.nak_for(job.ack_subject)
-    assert (await puller.pull()).delivery == 2
-    assert time.monotonic() - start < LIMITS.ack_wait_s * 0.8
+    async with asyncio.timeout(10):
+        assert (await puller.pull()).delivery == 2
 
 
 async def test_a_late_ack_after_redelivery_is_harmless(rig: Rig) -> None:
@@ -246,19 +246,20 @@ async def test_cancelling_a_pull_loses_no_job(rig: Rig) -> None:
 
 
 async def test_a_job_that_came_for_a_cancelled_pull_goes_to_another_worker(rig: Rig) -> None:
+    rig.limits = PATIENT
     bus, other = await rig.bus(), await rig.bus()
     puller = await bus.jobs.puller(LANE)
     assert await nothing_comes(puller, 0.05)
     await put(bus, b"one")
     await asyncio.sleep(0.05)
-    start = time.monotonic()
-    job = await (await other.jobs.puller(LANE)).pull()
+    async with asyncio.timeout(10):
+        job = await (await other.jobs.puller(LANE)).pull()
     assert job.payload == b"one"
-    assert time.monotonic() - start < LIMITS.ack_wait_s * 0.9
     await job.ack()
 
 
 async def test_a_closed_puller_gives_back_what_it_was_sent(rig: Rig) -> None:
+    rig.limits = PATIENT
     bus, other = await rig.bus(), await rig.bus()
     puller = await bus.jobs.puller(LANE)
     assert await nothing_comes(puller, 0.05)
@@ -266,7 +267,7 @@ async def test_a_closed_puller_gives_back_what_it_was_sent(rig: Rig) -> None:
     await asyncio.sleep(0.05)
     await puller.aclose()
     await puller.aclose()
-    async with asyncio.timeout(LIMITS.ack_wait_s * 0.8):
+    async with asyncio.timeout(10):
         job = await (await other.jobs.puller(LANE)).pull()
     await job.ack()
     with pytest.raises(ValueError, match="closed"):
