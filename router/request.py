@@ -255,6 +255,8 @@ class RequestMachine:
         if attempt != self.attempt or self.phase is not Phase.RUNNING or self.worker is None:
             return []
         self._is_prefill_open = False
+        if self.has_token:  # It was stored all the same, and done.
+            return []
         if error is not None:
             return [CancelAttempts(attempt), Release(self.worker), *self._give_up(error, error.code)]
         return self._again_locally()
@@ -309,9 +311,9 @@ class RequestMachine:
     # ---- tokens and ends
 
     def first_token(self) -> list[Instruction]:
-        """A token of the newest attempt was accepted."""
+        """A token of the newest attempt was accepted. The caller need not wait for the queue's word: the job was done."""
         self.has_token = True
-        return []
+        return self._report()
 
     def ended(self) -> list[Instruction]:
         """The worker's terminal entry was accepted; it needs no cancel."""
@@ -380,7 +382,10 @@ class RequestMachine:
     def _end(self, *, cancels: bool) -> list[Instruction]:
         if self.phase is Phase.ENDED:
             return []
-        instructions: list[Instruction] = [CancelAttempts(self.attempt)] if cancels and self.attempt >= 0 else []
+        # A short answer may be complete before the queue has confirmed its job: the caller still waits for the start.
+        instructions = self._report()
+        if cancels and self.attempt >= 0:
+            instructions.append(CancelAttempts(self.attempt))
         instructions += self._drop_job()
         if self.worker is not None:
             instructions.append(Release(self.worker))

@@ -194,7 +194,7 @@ class Router:
     def on_first_token(self, stream_id: int, detail: EntryDetail | None) -> None:
         """A token was accepted."""
         if live := self._live.get(stream_id):
-            live.machine.first_token()
+            self._now(live, live.machine.first_token())
             self._metrics.ttft.labels(live.machine.plan).observe(self._clock() - live.started_s)
 
     def on_gap(self, stream_id: int, next_index: int) -> None:

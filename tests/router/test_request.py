@@ -174,12 +174,32 @@ def test_a_client_that_leaves_frees_everything():
     assert request.abandoned() == []
 
 
-def test_an_answer_that_ended_before_its_admission_was_read_is_still_reported():
+def test_an_answer_that_ended_before_its_admission_was_read_is_reported_once():
     request = machine()
     request.begin()
     request.picked(D1, "local", "", TOKEN)
+    assert request.ended() == [ReportStarted(D1, "local", ""), Release(D1), Forget()]
+    assert request.admitted(0) == []
+
+
+def test_a_first_token_does_not_wait_for_the_queue_to_confirm_its_job():
+    request = machine()
+    request.begin()
+    request.picked(D1, "remote", "", TOKEN)
+    request.admitted(0)
+    assert request.first_token() == [ReportStarted(D1, "remote", "")]
     assert request.ended() == [Release(D1), Forget()]
-    assert request.admitted(0) == [ReportStarted(D1, "local", "")]
+    assert request.published(0, 9) == [DeleteJob(9)]
+
+
+def test_a_job_that_was_done_although_the_queue_did_not_confirm_it_is_not_done_again():
+    request = machine()
+    request.begin()
+    request.picked(D1, "remote", "", TOKEN)
+    request.admitted(0)
+    request.first_token()
+    assert request.not_published(0, None) == []
+    assert request.ended() == [Release(D1), Forget()]
 
 
 def test_a_job_published_after_the_end_is_deleted():
