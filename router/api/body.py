@@ -64,10 +64,7 @@ class BodyReader:
         if body_bytes > self._bytes_max:
             raise self._too_large()
         if self._held_bytes + size > self._held_bytes_max:
-            raise ApiError(
-                "too many large requests are being read", status=429, code="overloaded", retry_after_s=1.0,
-                closes_connection=True,
-            )  # fmt: skip
+            raise ApiError("too many large requests are being read", status=429, code="overloaded", retry_after_s=1.0)
         self._held_bytes += size
 
     def _check_headers(self, scope: Scope) -> None:
@@ -75,11 +72,7 @@ class BodyReader:
             if name == b"content-length" and value.isdigit() and int(value) > self._bytes_max:
                 raise self._too_large()
             if name == b"content-encoding" and value.lower() != b"identity":
-                raise ApiError("compressed bodies are not accepted", status=415, code="unsupported_encoding",
-                               closes_connection=True)  # fmt: skip
+                raise ApiError("compressed bodies are not accepted", status=415, code="unsupported_encoding")
 
     def _too_large(self) -> ApiError:
-        return ApiError(
-            f"the body is larger than {self._bytes_max} bytes", status=413, code="body_too_large",
-            closes_connection=True,
-        )  # fmt: skip
+        return ApiError(f"the body is larger than {self._bytes_max} bytes", status=413, code="body_too_large")
