@@ -344,7 +344,8 @@ class Requests:
                     else:
                         self._send(by_fd[fd])
             if now > begin_s + self._load.window_s + 20:
-                raise TimeoutError(f"{len(by_fd)} requests did not end")
+                unfinished = [(each.number, b"".join(each.parts)[-200:]) for each in by_fd.values()]
+                raise TimeoutError(f"these requests did not end: {unfinished}")
         return Window(
             window_s=self._clocks.window_s,
             requests=ended_after - ended_before,

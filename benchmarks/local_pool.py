@@ -37,7 +37,6 @@ class Pool:
     """What a load needs to know of a running pool."""
 
     port: int  # of the API
-    router_id: str
     pids: dict[str, int]
 
 
@@ -48,12 +47,11 @@ def running_pool(
     model: Path,
     folder: Path,
     *,
-    decode: Flags,
-    prefill: Flags,
+    workers: Mapping[str, Flags],
     router: Flags,
     profile: Path | None = None,
 ) -> Iterator[Pool]:
-    """Start the three processes of pool `name` and stop them at the end. Logs are in `folder`.
+    """Start the processes of pool `name`, a worker for each role in `workers`, and stop them at the end. Logs are in `folder`.
 
     With `profile` the router runs under cProfile, which writes there when it stops.
     """
@@ -67,21 +65,18 @@ def running_pool(
             arguments = [*launcher, "-m", "hocket.cluster.cli", *command, *_flags(flags)]
             process = _Process(arguments, environment, folder / f"{name}-{role}.log", core)
             stack.callback(process.stop)
+            stack.push(process.show_log)
             return process
 
-        workers = {
-            "decode": start("decode", ["worker", "decode"], {**sim, **decode}, REST_CORE),
-            "prefill": start("prefill", ["worker", "prefill"], {**sim, **prefill}, REST_CORE),
-        }
-        for worker in workers.values():
+        started = {role: start(role, ["worker", role], {**sim, **flags}, REST_CORE) for role, flags in workers.items()}
+        for worker in started.values():
             worker.wait_ready()
         front = start("router", ["router"], {**common, "port": 0, **router}, ROUTER_CORE, *launcher)
         ready = front.wait_ready()
         _wait_workers(ready["url"])
         yield Pool(
             port=int(ready["url"].rpartition(":")[2]),
-            router_id=ready["ready"],
-            pids={"router": front.pid, **{role: worker.pid for role, worker in workers.items()}},
+            pids={"router": front.pid, **{role: worker.pid for role, worker in started.items()}},
         )
 
 
@@ -115,6 +110,11 @@ class _Process:
                 ready: dict[str, str] = json.loads(line)
                 return ready
         raise RuntimeError(f"a process of the pool ended:\n{self._log.read_text()[-2000:]}")
+
+    def show_log(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The end of its log on stderr when the benchmark failed."""
+        if kind is not None and (tail := self._log.read_text()[-2000:]):
+            print(f"{self._log.name}:\n{tail}", file=sys.stderr)
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL for its whole session when that is not enough."""

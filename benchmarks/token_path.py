@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -36,7 +36,8 @@ from hocket.workers.engines.sim.vocabulary import sim_vocabulary
 ITL_MS = 20.0
 SIM_LAYERS = 4
 TEMPLATE_TOKENS = 15  # what the chat template adds to a prompt's words (load_client.messages)
-SLOTS = 1024
+KV_BLOCKS = 40_000  # more than every load here holds
+SLOTS = {"decode": 1024, "prefill": 32}  # each prefill slot is an open pull at the server
 _CLIENT = Path(__file__).with_name("load_client.py")
 _CLIENT_TIMEOUT_S = 150.0
 _ROLES = ("router", "nats", "prefill", "decode", "client")
@@ -93,8 +94,8 @@ def _requests(connections: int, isl: int, window_s: float, bars: dict[str, str])
 class Bench:
     """Runs cases against two pools, the paced one and the one as fast as it can."""
 
-    def __init__(self, nats_url: str, paced: Pool, fast: Pool, model: Path) -> None:
-        self._nats_url = nats_url
+    def __init__(self, server: EmbeddedServer, paced: Pool, fast: Pool, model: Path) -> None:
+        self._server = server
         self._pools = {"paced": paced}
         self._fast = fast
         self._text = ModelText.load(model)
@@ -113,12 +114,12 @@ class Bench:
             prompt_words=case.isl - TEMPLATE_TOKENS,
             first_prompt=self._next_prompt,
             max_tokens=case.max_tokens,
-            pids=pool.pids,
+            pids={**pool.pids, "nats": self._server.pid},
             warm_s=case.warm_s,
             window_s=case.window_s,
             stagger_s=case.stagger_s,
-            tap_url=self._nats_url if case.tap_s else "",
-            tap_subject=subjects.tokens(RouterId(pool.router_id)),
+            tap_url=self._server.url if case.tap_s else "",
+            tap_subject=subjects.tokens(RouterId("any")).replace("any", "*"),
             tap_s=case.tap_s,
         )
         self._next_prompt += 100_000
@@ -259,20 +260,24 @@ async def run(arguments: argparse.Namespace) -> None:
     todo = [case for case in cases(1.0 if arguments.quick else 2.5) if arguments.only in case.name]
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
         async with EmbeddedServer(Path(folder) / "nats") as server:
-            paced = {"sim-itl-ms": ITL_MS, "sim-prefill-ms-per-token": 0}
-            fast = {"sim-itl-ms": 0, "sim-prefill-ms-per-token": 0}
-            with contextlib.ExitStack() as stack:
-                pools = {}
-                for name, speed in (("paced", paced), ("fast", fast)):
-                    worker = {**speed, "slots": SLOTS, "kv-blocks": 40_000}
-                    profile = Path(arguments.profile) if arguments.profile and name == "fast" else None
-                    pool = stack.enter_context(
-                        running_pool(name, server.url, model, Path(folder), decode=worker, prefill=worker,
-                                     router={"local-prefill-tokens-max": 0}, profile=profile)
-                    )  # fmt: skip
-                    pool.pids["nats"] = server.pid
-                    pools[name] = pool
-                bench = Bench(server.url, pools["paced"], pools["fast"], model)
+
+            def pool(name: str, itl_ms: float) -> AbstractContextManager[Pool]:
+                return running_pool(
+                    name,
+                    server.url,
+                    model,
+                    Path(folder),
+                    workers={
+                        role: {"slots": slots, "kv-blocks": KV_BLOCKS, "sim-layers": SIM_LAYERS, "sim-itl-ms": itl_ms,
+                               "sim-prefill-ms-per-token": 0}
+                        for role, slots in SLOTS.items()
+                    },
+                    router={"local-prefill-tokens-max": 0},
+                    profile=Path(arguments.profile) if arguments.profile and name in arguments.only else None,
+                )  # fmt: skip
+
+            with pool("paced", ITL_MS) as paced, pool("fast", 0) as fast:
+                bench = Bench(server, paced, fast, model)
                 rows = await measure_all(bench, todo, 1 if arguments.quick else 3)
     about: dict[str, Cell] = {
         "machine": machine(),
@@ -299,9 +304,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only rows whose name contains this, like 'paced 64'"
     )
-    parser.add_argument(
-        "--profile", metavar="FILE", help="run the fast pool's router under cProfile, which writes there"
-    )
+    parser.add_argument("--profile", metavar="FILE", help="run a router under cProfile, which writes there")
     asyncio.run(run(parser.parse_args(None if argv is None else list(argv))))
     return 0
 
