@@ -1,9 +1,10 @@
-"""Answers of a plain vLLM, no connector and nothing of ours: JSON requests on stdin, JSON answers on stdout's last line."""
+"""Answers of a plain vLLM, no connector and nothing of ours: JSON requests on stdin, JSON answers into a file."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
         choice = output.outputs[0]
         chosen = [step[token].logprob for step, token in zip(choice.logprobs, choice.token_ids, strict=True)]
         answers.append({"tokens": list(choice.token_ids), "logprobs": chosen})
-    print("\n" + json.dumps(answers), flush=True)
+    Path(sys.argv[1]).write_text(json.dumps(answers))  # vLLM prints to stdout what it likes.
 
 
 if __name__ == "__main__":
