@@ -19,6 +19,8 @@ from hocket.bus.messages import SamplingParams
 from hocket.workers.engines.sim.kv import expected_tokens
 from hocket.workers.engines.sim.vocabulary import sim_vocabulary
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
 LAYERS = 4
 SLOW = {"sim_prefill_ms_per_token": 2.0, "chunk_tokens": 64}
 
