@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest_asyncio
 
 sys.path.insert(0, str(Path(__file__).parent))  # For `transport_rig`: with import-mode=importlib nothing else adds it.
 
-from transport_rig import DECODE_EPOCH, Pair, make_layout, make_pool, make_transport
+from transport_rig import DECODE_EPOCH, MakePair, Pair, make_layout, make_pool, make_transport
 
 from hocket.transport import HandoffEndpoint, KvLayout
 
 
 @pytest_asyncio.fixture
-async def make_pair() -> AsyncIterator[Callable[..., object]]:
+async def make_pair() -> AsyncIterator[MakePair]:
     endpoints: list[HandoffEndpoint] = []
 
     async def make(scheme: str = "inproc", *, layout: KvLayout | None = None, blocks: int = 64) -> Pair:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
-from transport_rig import DECODE_EPOCH, Pair, differing_blocks, make_layout, make_transport, until
+from transport_rig import DECODE_EPOCH, MakePair, Pair, differing_blocks, make_layout, make_transport, until
 
 from hocket.transport import Chunk, HandoffKey, Link, SendEnd, SendReleased, base, frames
 from hocket.transport.layout import HANDOFF_PROTOCOL
@@ -56,8 +56,11 @@ class Peer:
         return b"".join(self.pair.source.digest(layer, block_ids).to_bytes(8, "little") for layer in layers)
 
 
+ByHand = Callable[[Pair], Awaitable[Peer]]
+
+
 @pytest_asyncio.fixture
-async def by_hand() -> AsyncIterator[Callable[[Pair], Awaitable[Peer]]]:
+async def by_hand() -> AsyncIterator[ByHand]:
     peers: list[Peer] = []
 
     async def connect(pair: Pair) -> Peer:
@@ -77,7 +80,7 @@ async def refused(pair: Pair) -> str:
     return pair.ends.send_end.reason
 
 
-async def test_a_wrong_epoch_is_refused(make_pair) -> None:
+async def test_a_wrong_epoch_is_refused(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(4))
@@ -87,7 +90,7 @@ async def test_a_wrong_epoch_is_refused(make_pair) -> None:
     assert not pair.ends.received, "the right writer may still come"
 
 
-async def test_another_layout_is_refused(make_pair) -> None:
+async def test_another_layout_is_refused(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(4))
@@ -97,7 +100,7 @@ async def test_another_layout_is_refused(make_pair) -> None:
     assert await refused(pair) == "refused:fingerprint"
 
 
-async def test_an_older_attempt_is_refused(make_pair) -> None:
+async def test_an_older_attempt_is_refused(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key(attempt=3)
     pair.expect(key, range(4))
@@ -105,7 +108,7 @@ async def test_an_older_attempt_is_refused(make_pair) -> None:
     assert await refused(pair) == "refused:stale_attempt"
 
 
-async def test_a_claim_of_too_few_blocks_is_refused(make_pair) -> None:
+async def test_a_claim_of_too_few_blocks_is_refused(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(4))
@@ -113,7 +116,7 @@ async def test_a_claim_of_too_few_blocks_is_refused(make_pair) -> None:
     assert await refused(pair) == "refused:bad_claim"
 
 
-async def test_a_spent_token_is_refused_and_a_landed_one_is_landed_for_whoever_asks(make_pair) -> None:
+async def test_a_spent_token_is_refused_and_a_landed_one_is_landed_for_whoever_asks(make_pair: MakePair) -> None:
     pair = await make_pair()
     cancelled, landed = pair.key(), pair.key()
     pair.expect(cancelled, range(4))
@@ -134,14 +137,14 @@ async def test_a_spent_token_is_refused_and_a_landed_one_is_landed_for_whoever_a
         pair.expect(landed, range(4))
 
 
-async def test_nobody_comes_and_the_expectation_times_out(make_pair) -> None:
+async def test_nobody_comes_and_the_expectation_times_out(make_pair: MakePair) -> None:
     pair = await make_pair()
     pair.expect(pair.key(), range(4), timeout_s=0.3)
     await until(lambda: pair.ends.received)
     assert (pair.ends.received[0].reason, pair.ends.received[0].good_blocks) == ("timeout", 0)
 
 
-async def test_an_engine_that_never_finishes_times_out_on_both_sides(make_pair) -> None:
+async def test_an_engine_that_never_finishes_times_out_on_both_sides(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(4), timeout_s=5.0)
@@ -152,7 +155,7 @@ async def test_an_engine_that_never_finishes_times_out_on_both_sides(make_pair) 
     assert pair.ends.received[0].reason == "sender_failed"
 
 
-async def test_one_flipped_byte_is_sent_again(make_pair) -> None:
+async def test_one_flipped_byte_is_sent_again(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.decode_transport.faults.corrupt_messages = 1
@@ -166,7 +169,7 @@ async def test_one_flipped_byte_is_sent_again(make_pair) -> None:
     assert pair.prefill.stats.kv_bytes_sent > 10 * pair.source.layout.block_bytes
 
 
-async def test_a_link_that_always_corrupts_never_lands_and_keeps_the_good_prefix(make_pair) -> None:
+async def test_a_link_that_always_corrupts_never_lands_and_keeps_the_good_prefix(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10))
@@ -183,7 +186,7 @@ async def test_a_link_that_always_corrupts_never_lands_and_keeps_the_good_prefix
     assert differing_blocks(pair.source, range(5), pair.target, range(5)) == []
 
 
-async def test_a_lost_link_is_dialled_again_and_only_the_rest_is_sent(make_pair) -> None:
+async def test_a_lost_link_is_dialled_again_and_only_the_rest_is_sent(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10))
@@ -199,7 +202,7 @@ async def test_a_lost_link_is_dialled_again_and_only_the_rest_is_sent(make_pair)
     assert differing_blocks(pair.source, range(10), pair.target, range(10)) == []
 
 
-async def test_a_newer_delivery_takes_over_while_the_old_writer_hangs(make_pair, by_hand) -> None:
+async def test_a_newer_delivery_takes_over_while_the_old_writer_hangs(make_pair: MakePair, by_hand: ByHand) -> None:
     pair = await make_pair()
     old_key = pair.key()
     pair.expect(old_key, range(10))
@@ -220,7 +223,7 @@ async def test_a_newer_delivery_takes_over_while_the_old_writer_hangs(make_pair,
     assert differing_blocks(pair.source, range(10), pair.target, range(10)) == []
 
 
-async def test_an_old_writer_that_drains_keeps_its_link(make_pair, by_hand) -> None:
+async def test_an_old_writer_that_drains_keeps_its_link(make_pair: MakePair, by_hand: ByHand) -> None:
     pair = await make_pair()
     old_key = pair.key()
     pair.expect(old_key, range(10))
@@ -238,7 +241,7 @@ async def test_an_old_writer_that_drains_keeps_its_link(make_pair, by_hand) -> N
     await old.next(frames.Landed)
 
 
-async def test_a_silent_writer_is_dropped_and_its_good_blocks_stay(make_pair, by_hand) -> None:
+async def test_a_silent_writer_is_dropped_and_its_good_blocks_stay(make_pair: MakePair, by_hand: ByHand) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10), timeout_s=3.0)
@@ -255,7 +258,7 @@ async def test_a_silent_writer_is_dropped_and_its_good_blocks_stay(make_pair, by
     assert differing_blocks(pair.source, [4, 5, 6, 7], pair.target, range(4)) == []
 
 
-async def test_keepalives_alone_hold_a_grant(make_pair, by_hand) -> None:
+async def test_keepalives_alone_hold_a_grant(make_pair: MakePair, by_hand: ByHand) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10), timeout_s=3.0)
@@ -281,7 +284,9 @@ async def test_keepalives_alone_hold_a_grant(make_pair, by_hand) -> None:
     ],
     ids=["not first", "not numbered from 0", "too long", "overlap", "gap", "number twice"],
 )
-async def test_a_chunk_out_of_its_place_drops_the_link(make_pair, by_hand, chunks: list[tuple[int, int, int]]) -> None:
+async def test_a_chunk_out_of_its_place_drops_the_link(
+    make_pair: MakePair, by_hand: ByHand, chunks: list[tuple[int, int, int]]
+) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10))
@@ -294,7 +299,7 @@ async def test_a_chunk_out_of_its_place_drops_the_link(make_pair, by_hand, chunk
     assert pair.ends.received[0].reason == "sender_failed"
 
 
-async def test_done_before_all_blocks_drops_the_link(make_pair, by_hand) -> None:
+async def test_done_before_all_blocks_drops_the_link(make_pair: MakePair, by_hand: ByHand) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10))
@@ -309,7 +314,7 @@ async def test_done_before_all_blocks_drops_the_link(make_pair, by_hand) -> None
     "payload",
     [b"", b"\xc1", b"x" * 100, frames.encode(frames.Done(1))[:-1], frames.encode(frames.Done(1)) + b"\x00"],
 )
-async def test_bytes_that_are_no_frame_drop_the_link(make_pair, by_hand, payload: bytes) -> None:
+async def test_bytes_that_are_no_frame_drop_the_link(make_pair: MakePair, by_hand: ByHand, payload: bytes) -> None:
     pair = await make_pair()
     peer = await by_hand(pair)
     peer.hello()
@@ -317,7 +322,9 @@ async def test_bytes_that_are_no_frame_drop_the_link(make_pair, by_hand, payload
     await until(lambda: peer.is_lost)
 
 
-async def test_a_peer_that_says_no_hello_or_speaks_another_protocol_is_dropped(make_pair, by_hand) -> None:
+async def test_a_peer_that_says_no_hello_or_speaks_another_protocol_is_dropped(
+    make_pair: MakePair, by_hand: ByHand
+) -> None:
     pair = await make_pair()
     silent, rude, future = [await by_hand(pair) for _ in range(3)]
     rude.claim(pair.key(), 1)
@@ -325,7 +332,7 @@ async def test_a_peer_that_says_no_hello_or_speaks_another_protocol_is_dropped(m
     await until(lambda: rude.is_lost and future.is_lost and silent.is_lost)
 
 
-async def test_frames_of_a_foreign_transfer_have_no_effect(make_pair, by_hand) -> None:
+async def test_frames_of_a_foreign_transfer_have_no_effect(make_pair: MakePair, by_hand: ByHand) -> None:
     pair = await make_pair()
     key = pair.key()
     pair.expect(key, range(10))
@@ -344,7 +351,7 @@ async def test_frames_of_a_foreign_transfer_have_no_effect(make_pair, by_hand) -
     assert not stranger.is_lost
 
 
-async def test_wrong_calls_of_the_engine_are_value_errors(make_pair) -> None:
+async def test_wrong_calls_of_the_engine_are_value_errors(make_pair: MakePair) -> None:
     pair = await make_pair()
     key = pair.key()
     with pytest.raises(IndexError):

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from transport_rig import DECODE_EPOCH, Ends, differing_blocks, make_layout, make_pool, make_transport, until
+from transport_rig import DECODE_EPOCH, Ends, MakePair, differing_blocks, make_layout, make_pool, make_transport, until
 
 from hocket.transport import (
     Chunk,
@@ -28,7 +28,7 @@ def scheme(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def test_every_byte_of_scattered_blocks_arrives(make_pair, scheme: str) -> None:
+async def test_every_byte_of_scattered_blocks_arrives(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     rng = np.random.default_rng(3)
     from_ids, to_ids = rng.permutation(64)[:40].tolist(), rng.permutation(64)[:40].tolist()
@@ -45,7 +45,7 @@ async def test_every_byte_of_scattered_blocks_arrives(make_pair, scheme: str) ->
     assert not any(pair.target.buffers(layer, untouched)[0].any() for layer in range(4)), "a foreign block was written"
 
 
-async def test_large_blocks_are_digested_on_a_thread(make_pair, scheme: str) -> None:
+async def test_large_blocks_are_digested_on_a_thread(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme, layout=make_layout(layers=2, block_bytes=256 << 10), blocks=24)
     key = pair.key()
     pair.expect(key, range(20))
@@ -56,7 +56,7 @@ async def test_large_blocks_are_digested_on_a_thread(make_pair, scheme: str) -> 
     assert differing_blocks(pair.source, list(reversed(range(20))), pair.target, list(range(20))) == []
 
 
-async def test_chunks_layers_and_announcements_may_come_before_the_grant(make_pair, scheme: str) -> None:
+async def test_chunks_layers_and_announcements_may_come_before_the_grant(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     pair.open(key, 10)
@@ -74,7 +74,7 @@ async def test_chunks_layers_and_announcements_may_come_before_the_grant(make_pa
     assert differing_blocks(pair.source, source_ids, pair.target, list(range(20, 30))) == []
 
 
-async def test_a_prefix_that_decode_has_is_not_sent(make_pair, scheme: str) -> None:
+async def test_a_prefix_that_decode_has_is_not_sent(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     pair.expect(key, [30, 31], first_block=5)
@@ -87,7 +87,7 @@ async def test_a_prefix_that_decode_has_is_not_sent(make_pair, scheme: str) -> N
     assert differing_blocks(pair.source, [5, 6], pair.target, [30, 31]) == []
 
 
-async def test_a_prompt_that_decode_has_already_lands_without_a_byte(make_pair, scheme: str) -> None:
+async def test_a_prompt_that_decode_has_already_lands_without_a_byte(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     pair.expect(key, [], first_block=3)
@@ -98,7 +98,7 @@ async def test_a_prompt_that_decode_has_already_lands_without_a_byte(make_pair, 
     assert pair.ends.send_end == SendEnd(key, True, 0)
 
 
-async def test_many_hand_offs_share_one_link(make_pair, scheme: str) -> None:
+async def test_many_hand_offs_share_one_link(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme, blocks=128)
     keys = [pair.key() for _ in range(16)]
     for index, key in enumerate(keys):
@@ -117,7 +117,9 @@ async def test_many_hand_offs_share_one_link(make_pair, scheme: str) -> None:
     )
 
 
-async def test_abort_before_the_last_chunk_frees_both_sides_and_keeps_the_link(make_pair, scheme: str) -> None:
+async def test_abort_before_the_last_chunk_frees_both_sides_and_keeps_the_link(
+    make_pair: MakePair, scheme: str
+) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     pair.expect(key, range(10))
@@ -136,7 +138,7 @@ async def test_abort_before_the_last_chunk_frees_both_sides_and_keeps_the_link(m
     assert pair.decode.stats.links_lost == 0
 
 
-async def test_cancel_stops_the_sender_and_keeps_the_link(make_pair, scheme: str) -> None:
+async def test_cancel_stops_the_sender_and_keeps_the_link(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     pair.expect(key, range(10))
@@ -159,7 +161,7 @@ async def test_cancel_stops_the_sender_and_keeps_the_link(make_pair, scheme: str
     assert pair.ends.received[1].is_landed
 
 
-async def test_closing_an_endpoint_ends_everything_on_both_sides(make_pair, scheme: str) -> None:
+async def test_closing_an_endpoint_ends_everything_on_both_sides(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     waiting, running = pair.key(), pair.key()
     pair.expect(waiting, range(10, 20))
@@ -175,7 +177,7 @@ async def test_closing_an_endpoint_ends_everything_on_both_sides(make_pair, sche
     assert not pair.ends.send_end.is_landed
 
 
-async def test_the_next_address_is_tried_when_the_first_does_not_answer(make_pair, scheme: str) -> None:
+async def test_the_next_address_is_tried_when_the_first_does_not_answer(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     pair.expect(key, range(2))
@@ -187,7 +189,7 @@ async def test_the_next_address_is_tried_when_the_first_does_not_answer(make_pai
     assert pair.ends.received[0].is_landed
 
 
-async def test_an_order_to_nobody_ends_as_link_lost(make_pair, scheme: str) -> None:
+async def test_an_order_to_nobody_ends_as_link_lost(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
     order = SendOrder(key, (f"{scheme}://127.0.0.1:1",), DECODE_EPOCH, pair.source.layout.fingerprint(), 2, 10.0)

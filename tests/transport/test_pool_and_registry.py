@@ -85,7 +85,7 @@ class Unavailable:
         raise TransportUnavailable("no libibverbs")
 
 
-async def test_a_transport_that_cannot_run_is_left_out_while_another_can(caplog) -> None:
+async def test_a_transport_that_cannot_run_is_left_out_while_another_can(caplog: pytest.LogCaptureFixture) -> None:
     tcp = make_transport("tcp")
     assert await start_transports([Unavailable(), tcp]) == [tcp]
     assert "no libibverbs" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -124,3 +124,6 @@ class Pair:
 
     async def both_ended(self, timeout_s: float = 20.0) -> None:
         await until(lambda: self.ends.received and self.ends.send_end, timeout_s)
+
+
+MakePair = Callable[..., Awaitable[Pair]]

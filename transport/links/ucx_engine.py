@@ -34,7 +34,6 @@ SETTINGS = {
     "UCX_TCP_TX_SEG_SIZE": "256K",
     "UCX_TCP_RX_SEG_SIZE": "256K",
     "UCX_RNDV_FRAG_SIZE": "host:4M,cuda:4M",
-    "UCX_RNDV_THRESH": str(RNDV_BYTES),
     "UCX_KEEPALIVE_INTERVAL": "1s",
     "UCX_WARN_UNUSED_ENV_VARS": "n",  # ucxx's own variable makes UCX print a warning to stdout
 }
@@ -61,6 +60,9 @@ class Engine:
             from ucxx.exceptions import UCXError
         except (ImportError, OSError) as error:
             raise TransportUnavailable(f"ucxx cannot be imported ({error}); install ucxx-cu12 or ucxx-cu13") from error
+        # Never the user's, nor the one that ucxx sets at import: an eager message of this length or more would be written
+        # into KV blocks by fragments that closing its endpoint does not stop. Read when the context is made.
+        os.environ["UCX_RNDV_THRESH"] = str(RNDV_BYTES)
         self.core = core
         self.array: Callable[[Buffer], object] = Array
         self.errors: tuple[type[Exception], ...] = (UCXError, RuntimeError)  # whatever UCXX may raise
