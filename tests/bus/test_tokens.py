@@ -110,6 +110,8 @@ async def test_an_end_is_sent_again_until_it_is_acknowledged(rig: Rig) -> None:
     outbox.acknowledge(ack(R1, (1, 0)))
     await waiting
     assert outbox.streams == 0
+    worker.publish_nowait(tokens_of(R1), encode(TokenFrame(W, 7, [(99, 0, 0, [1], FINISH_NONE)])))
+    await until(lambda: (99, 0) in reader.tokens)  # Behind every end that was on its way.
     seen = reader.ends_seen
     await asyncio.sleep(TIMES.finish_again_s * 3)
     assert reader.ends_seen == seen
