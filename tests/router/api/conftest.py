@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +204,7 @@ class Api:
     port: int
     http: httpx.AsyncClient
     openai: AsyncOpenAI
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def chat(self, **fields: object) -> httpx.Response:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}
@@ -211,15 +213,23 @@ class Api:
     async def complete(self, **fields: object) -> httpx.Response:
         return await self.http.post("/v1/completions", json={"model": "tiny", "prompt": "hello", **fields})
 
+    async def connect(self, sock: socket.socket | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A plain connection, closed with the API."""
+        if sock is None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        else:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 10)
+        self.writers.append(writer)
+        return reader, writer
+
     async def raw(
-        self, body: bytes, path: str = "/v1/chat/completions"
+        self, body: bytes, sock: socket.socket | None = None
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A plain connection with one POST sent."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
+        """A plain connection with one chat request sent."""
+        reader, writer = await self.connect(sock)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         await writer.drain()
         return reader, writer
 
@@ -241,7 +251,13 @@ class ApiFactory:
         http = httpx.AsyncClient(base_url=server.url, timeout=10)
         openai = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
+        api = Api(core, path, server.port, http, openai)
+
         async def stop() -> None:
+            for writer in api.writers:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
             await openai.close()
             await http.aclose()
             await core.aclose()
@@ -249,7 +265,7 @@ class ApiFactory:
             await serving
 
         self._stack.push_async_callback(stop)
-        return Api(core, path, server.port, http, openai)
+        return api
 
 
 @pytest.fixture
