@@ -1,5 +1,6 @@
 # Needs Linux on x86_64, make and Python >= 3.11. Everything else goes to .venv (3 GB); nothing is installed elsewhere.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV ?= .venv
@@ -52,7 +53,7 @@ $(VENV)/.requirements-installed: requirements/cpu.lock
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || { echo "the locked wheels are for Linux x86_64, this is $$(uname -sm)" >&2; exit 1; }
 	@echo "building $(VENV) with $$($(PYTHON) --version) (a few minutes, 3 GB)"
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PIP_INSTALL) --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --only-binary :all: --no-deps -r requirements/cpu.lock | grep -vE '^(Requirement|Looking|Using cached)'
 	@# torch: the CPU build from PyTorch's index where that answers, else whatever the configured index has, which may be the
 	@# CUDA build: that one does not import without its libraries.
 	@if $(BIN)/python -c 'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \

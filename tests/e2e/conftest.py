@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from hocket.bus.server import EmbeddedServer
 from hocket.cluster.model import resolve_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # For `pool`: with import-mode=importlib nothing else adds it.
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +48,6 @@ class OwnServer:
 
 
 @pytest.fixture
-async def nats_server_of_its_own(tmp_path: Path):
+async def nats_server_of_its_own(tmp_path: Path) -> AsyncIterator[OwnServer]:
     async with EmbeddedServer(tmp_path) as server:
         yield OwnServer(server)
