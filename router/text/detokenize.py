@@ -1,7 +1,7 @@
 """Token ids to text, one token at a time.
 
-For a byte-level BPE a table is exact and costs nothing (0.02 us a token; the library's `DecodeStream` 0.6): each id has its
-bytes, and only a character split across tokens needs a decoder with memory. Every other tokenizer goes through the library.
+For a byte-level BPE a table is exact and costs nothing (0.02 us a token; the library 0.6 to 1): each id has its bytes, and
+only a character split across tokens needs a decoder with memory. Every other tokenizer goes through the library.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Protocol
 
 import msgspec
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 _encode_json = msgspec.json.Encoder().encode
 # Line ends to `str.splitlines`, which some clients cut an event stream with; JSON itself leaves them as they are.
 _LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 PROMPT_TAIL_TOKENS = 8
+CHARACTER_TOKENS_MAX = 8  # A character has 4 bytes at most; more tokens without one are broken UTF-8.
 
 
 def escape(text: str) -> bytes:
@@ -46,6 +46,11 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return decoder is not None and decoder["type"] == "ByteLevel"
 
 
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens without text, as `decode(skip_special_tokens=True)` sees it."""
+    return frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
 class TokenTable:
     """For each id of a byte-level BPE: its bytes, its text and its escaped text (None where it is not whole UTF-8).
 
@@ -54,7 +59,7 @@ class TokenTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         alphabet = _byte_of_character()
-        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        special = special_ids(tokenizer)
         size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.raw: list[bytes] = []
         self.text: list[str | None] = []
@@ -132,25 +137,38 @@ class TableDetokenizer:
 
 
 class LibraryDetokenizer:
-    """Any tokenizer. It begins with the prompt's last tokens: whether the first word keeps its space depends on them."""
+    """Any tokenizer: decodes a short window again with each token and shows what is new at its end, as TGI and vLLM do.
+
+    (The library's `DecodeStream` raises on broken UTF-8 and keeps an incomplete character for ever.) The window begins with the
+    prompt's last tokens: whether the first word keeps its space depends on them.
+    """
 
     is_whole = False
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int], prompt_tail: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_tail)
-        self._shown = len(tokenizer.decode(self._ids, skip_special_tokens=True))
-        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
-        self._size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._special_ids = special_ids
+        self._window = [token_id for token_id in prompt_tail if token_id not in special_ids]
+        self._shown_ids = len(self._window)  # of the window, already shown: what comes before the new text
+        self._shown = self._decode(self._window)
 
     def text(self, token_id: int) -> str:
-        if not 0 <= token_id < self._size:
+        # Without text, and what follows must see the text before them.
+        if token_id in self._special_ids or token_id < 0 or self._tokenizer.id_to_token(token_id) is None:
             return ""
-        self._ids.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id) or ""
-        self._shown += len(text)
+        self._window.append(token_id)
+        decoded = self._decode(self._window)
+        if decoded.endswith("\ufffd") and len(self._window) - self._shown_ids < CHARACTER_TOKENS_MAX:
+            return ""
+        text = decoded[len(self._shown) :]
+        if text:
+            self._window = self._window[self._shown_ids :]
+            self._shown_ids = len(self._window)
+            self._shown = self._decode(self._window)
         return text
 
     def flush(self) -> str:
-        # DecodeStream keeps an incomplete character for ever; the full decode shows it.
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._shown :]
+        return self._decode(self._window)[len(self._shown) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))

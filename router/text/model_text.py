@@ -15,6 +15,7 @@ from .detokenize import (
     TableDetokenizer,
     TokenTable,
     is_byte_level,
+    special_ids,
 )
 from .template import ChatTemplate, TemplateFailed
 from .tokenize import PromptTokenizer
@@ -34,6 +35,7 @@ class ModelText:
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.prompts = PromptTokenizer(tokenizer)
         self._tokenizer = tokenizer
+        self._special_ids = special_ids(tokenizer)
         self._template = template
         self._token_characters_max = _token_characters_max(tokenizer)
 
@@ -76,7 +78,7 @@ class ModelText:
         """A fresh one for one stream."""
         if self.table is not None:
             return TableDetokenizer(self.table)
-        return LibraryDetokenizer(self._tokenizer, prompt_ids[-PROMPT_TAIL_TOKENS:])
+        return LibraryDetokenizer(self._tokenizer, self._special_ids, prompt_ids[-PROMPT_TAIL_TOKENS:])
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token as it stands alone, special tokens by their name: what log probabilities are shown with."""

@@ -30,8 +30,12 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Refused(jinja2.TemplateError):
+    """What a template says itself, with `raise_exception`."""
+
+
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refused(message)
 
 
 def _strftime_now(format: str) -> str:
@@ -77,8 +81,16 @@ class ChatTemplate:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         try:
             return self._render(messages=messages, tools=None, documents=None, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise TemplateFailed(str(error) or type(error).__name__) from error
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except _Refused as error:
+            raise TemplateFailed(str(error)) from error
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             # What a template's own expressions raise; its text speaks of template variables, which helps nobody.
             raise TemplateFailed("the model's chat template cannot render these messages") from error
