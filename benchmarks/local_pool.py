@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,11 @@ class Pool:
     pids: dict[str, int]
 
 
+def sim_worker(role: str, flags: Flags) -> list[str]:
+    """Python's arguments for a simulated worker."""
+    return ["-m", "hocket.cluster.cli", "worker", role, *_flags({"engine": "sim", "transports": "tcp", **flags})]
+
+
 @contextlib.contextmanager
 def running_pool(
     name: str,
@@ -47,33 +52,31 @@ def running_pool(
     model: Path,
     folder: Path,
     *,
-    workers: Mapping[str, Flags],
+    workers: Mapping[str, Sequence[str]],
     router: Flags,
-    profile: Path | None = None,
+    profile: tuple[str, Path] | None = None,
 ) -> Iterator[Pool]:
     """Start the processes of pool `name`, a worker for each role in `workers`, and stop them at the end. Logs are in `folder`.
 
-    With `profile` the router runs under cProfile, which writes there when it stops.
+    With `profile`, a role and a file, that process runs under cProfile, which writes there when it stops.
     """
-    environment = {**os.environ, "HOCKET_NATS": nats_url, "HOCKET_POOL": name}
-    common = {"model": str(model), "served-name": SERVED_NAME, "log-level": "warning"}
-    sim = {**common, "engine": "sim", "transports": "tcp"}
-    launcher = () if profile is None else ("-m", "cProfile", "-o", str(profile))
+    settings = {"NATS": nats_url, "POOL": name, "MODEL": model, "SERVED_NAME": SERVED_NAME, "LOG_LEVEL": "warning"}
+    environment = os.environ | {f"HOCKET_{key}": str(value) for key, value in settings.items()}
     with contextlib.ExitStack() as stack:
 
-        def start(role: str, command: list[str], flags: Flags, core: int, *launcher: str) -> _Process:
-            arguments = [*launcher, "-m", "hocket.cluster.cli", *command, *_flags(flags)]
-            process = _Process(arguments, environment, folder / f"{name}-{role}.log", core)
+        def start(role: str, arguments: Sequence[str], core: int) -> _Process:
+            launcher = ("-m", "cProfile", "-o", str(profile[1])) if profile and profile[0] == role else ()
+            process = _Process([*launcher, *arguments], environment, folder / f"{name}-{role}.log", core)
             stack.callback(process.stop)
             stack.push(process.show_log)
             return process
 
-        started = {role: start(role, ["worker", role], {**sim, **flags}, REST_CORE) for role, flags in workers.items()}
+        started = {role: start(role, arguments, REST_CORE) for role, arguments in workers.items()}
         for worker in started.values():
             worker.wait_ready()
-        front = start("router", ["router"], {**common, "port": 0, **router}, ROUTER_CORE, *launcher)
+        front = start("router", ["-m", "hocket.cluster.cli", "router", *_flags({"port": 0, **router})], ROUTER_CORE)
         ready = front.wait_ready()
-        _wait_workers(ready["url"])
+        _wait_workers(ready["url"], workers)
         yield Pool(
             port=int(ready["url"].rpartition(":")[2]),
             pids={"router": front.pid, **{role: worker.pid for role, worker in started.items()}},
@@ -128,13 +131,13 @@ class _Process:
             self._process.stdout.close()
 
 
-def _wait_workers(url: str) -> None:
-    """Until the router counts both workers: without the prefill worker the plan would be a local prefill."""
+def _wait_workers(url: str, roles: Iterable[str]) -> None:
+    """Until the router counts a worker of each role: without the prefill worker the plan would be a local prefill."""
     end_s = time.monotonic() + _START_TIMEOUT_S
-    wanted = {f'hocket_workers{{role="{role}"}} 1.0' for role in ("prefill", "decode")}
+    wanted = {f'hocket_workers{{role="{role}"}} 1.0' for role in roles}
     while time.monotonic() < end_s:
         with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
             if wanted <= set(answer.read().decode().splitlines()):
                 return
         time.sleep(0.05)
-    raise RuntimeError(f"the router at {url} did not see both workers within {_START_TIMEOUT_S:.0f} s")
+    raise RuntimeError(f"the router at {url} did not see its workers within {_START_TIMEOUT_S:.0f} s")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
+from frame_source import answer_tokens
 from load_client import Load, Window, messages
-from local_pool import REST_CORE, SERVED_NAME, Pool, pin, running_pool
+from local_pool import REST_CORE, SERVED_NAME, Pool, pin, running_pool, sim_worker
 from measure import Cell, Progress, Row, machine, median_row, print_table, rss_mib, versions, write_json
 
 from hocket.bus import subjects
@@ -38,15 +40,32 @@ SIM_LAYERS = 4
 TEMPLATE_TOKENS = 15  # what the chat template adds to a prompt's words (load_client.messages)
 KV_BLOCKS = 40_000  # more than every load here holds
 SLOTS = {"decode": 1024, "prefill": 32}  # each prefill slot is an open pull at the server
-_CLIENT = Path(__file__).with_name("load_client.py")
+FRAME_TOKENS_PER_S = 240_000  # more than the router delivers one by one: it must fall behind and merge tokens
+_HERE = Path(__file__).parent
+_CLIENT = _HERE / "load_client.py"
 _CLIENT_TIMEOUT_S = 150.0
 _ROLES = ("router", "nats", "prefill", "decode", "client")
+
+
+def _sims(itl_ms: float) -> dict[str, list[str]]:
+    """Simulated workers that take `itl_ms` for a step and no time for a prompt."""
+    speed = {"sim-itl-ms": itl_ms, "sim-prefill-ms-per-token": 0, "sim-layers": SIM_LAYERS, "kv-blocks": KV_BLOCKS}
+    return {role: sim_worker(role, {**speed, "slots": slots}) for role, slots in SLOTS.items()}
+
+
+POOLS = {
+    "paced": _sims(ITL_MS),
+    "fast": _sims(0.0),
+    "frames": {"decode": [str(_HERE / "frame_source.py"), str(FRAME_TOKENS_PER_S), str(KV_BLOCKS)]},
+}
+"""The workers of each pool; a pool is named in a case."""
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One row: a kind of load, and the bars it is held against."""
 
     table: str  # "paced" | "saturated" | "requests" | "memory"
+    pool: str
     connections: int
     isl: int
     max_tokens: int
@@ -58,17 +77,17 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        return f"{self.table} {self.connections} ISL {self.isl}"
+        return f"{self.table} {self.connections} ISL {self.isl} {self.pool}"
 
 
 def cases(window_s: float) -> list[Case]:
     """Every row of the tables, in their order."""
     return [
         *(_paced(streams, window_s, bars) for streams, bars in ((64, {"router_us": "<= 30"}), (256, {}))),
-        Case(table="saturated", connections=64, isl=32, max_tokens=4000, window_s=window_s),
-        Case(
-            table="saturated", connections=256, isl=32, max_tokens=2000, window_s=window_s, bars={"router_us": "<= 4"}
-        ),
+        _saturated(64, 4000, "fast", window_s),
+        _saturated(256, 2000, "fast", window_s),
+        _saturated(64, 16000, "frames", window_s),
+        _saturated(256, 4000, "frames", window_s, {"router_us": "<= 4"}),
         _requests(1, 32, window_s, {}),
         _requests(16, 32, window_s, {"router_ms": "<= 1.0", "per_s": ">= 500"}),
         _requests(64, 32, window_s, {"router_ms": "<= 1.0"}),
@@ -82,22 +101,29 @@ def _paced(streams: int, window_s: float, bars: dict[str, str]) -> Case:
     stagger_s, warm_s, tap_s = 0.004, 0.5, 1.0  # 250 starts a second: well below what the machine can start
     tokens = (streams * stagger_s + warm_s + window_s + tap_s + 1.0) * 1000 / ITL_MS
     return Case(
-        table="paced", connections=streams, isl=32, max_tokens=int(tokens), warm_s=warm_s, window_s=window_s,
+        table="paced", pool="paced", connections=streams, isl=32, max_tokens=int(tokens), warm_s=warm_s, window_s=window_s,
         tap_s=tap_s, stagger_s=stagger_s, bars=bars,
     )  # fmt: skip
 
 
+def _saturated(streams: int, tokens: int, pool: str, window_s: float, bars: dict[str, str] | None = None) -> Case:
+    return Case(
+        table="saturated", pool=pool, connections=streams, isl=32, max_tokens=tokens, window_s=window_s, bars=bars or {}
+    )
+
+
 def _requests(connections: int, isl: int, window_s: float, bars: dict[str, str]) -> Case:
-    return Case(table="requests", connections=connections, isl=isl, max_tokens=8, window_s=window_s, bars=bars)
+    return Case(
+        table="requests", pool="fast", connections=connections, isl=isl, max_tokens=8, window_s=window_s, bars=bars
+    )
 
 
 class Bench:
-    """Runs cases against two pools, the paced one and the one as fast as it can."""
+    """Runs cases, each against its pool."""
 
-    def __init__(self, server: EmbeddedServer, paced: Pool, fast: Pool, model: Path) -> None:
+    def __init__(self, server: EmbeddedServer, pools: dict[str, Pool], model: Path) -> None:
         self._server = server
-        self._pools = {"paced": paced}
-        self._fast = fast
+        self._pools = pools
         self._text = ModelText.load(model)
         self._vocabulary = sim_vocabulary(str(model), 0)
         self._next_prompt = 1
@@ -105,7 +131,7 @@ class Bench:
 
     async def measure(self, case: Case) -> Row:
         """One window of one case. Raises RuntimeError when an answer is wrong or a request failed."""
-        pool = self._pools.get(case.table, self._fast)
+        pool = self._pools[case.pool]
         load = Load(
             kind="requests" if case.table == "requests" else "streams",
             port=pool.port,
@@ -133,8 +159,11 @@ class Bench:
             (token_ids,) = await self._text.encode([prompt], add_special_tokens=False)
             if len(token_ids) != case.isl:
                 raise RuntimeError(f"prompt {number} has {len(token_ids)} tokens, not {case.isl}")
-            sampling = SamplingParams(max_tokens=load.max_tokens, temperature=0.0)
-            made = expected_tokens(token_ids, sampling, layers=SIM_LAYERS, vocabulary=self._vocabulary)
+            if case.pool == "frames":
+                made = answer_tokens(token_ids, load.max_tokens)
+            else:
+                sampling = SamplingParams(max_tokens=load.max_tokens, temperature=0.0)
+                made = expected_tokens(token_ids, sampling, layers=SIM_LAYERS, vocabulary=self._vocabulary)
             # A character that the last token leaves unfinished is shown by one side and not by the other.
             if text.rstrip("\ufffd") != (wanted := self._text.decode(made)).rstrip("\ufffd"):
                 raise RuntimeError(f"{case.name}: wrong answer to prompt {number}: {text[:80]!r}, not {wanted[:80]!r}")
@@ -142,13 +171,15 @@ class Bench:
 
     async def memory(self, streams: int) -> Row:
         """The router's resident memory before and after this many streams at once."""
-        before_mib = rss_mib(self._fast.pids["router"])
-        await self.measure(Case(table="memory", connections=streams, isl=32, max_tokens=200, warm_s=0.0, window_s=0.05))
+        before_mib = rss_mib(self._pools["fast"].pids["router"])
+        await self.measure(
+            Case(table="memory", pool="fast", connections=streams, isl=32, max_tokens=200, warm_s=0.0, window_s=0.05)
+        )
         return {
             "table": "memory",
             "streams": streams,
             "before_mib": before_mib,
-            "after_mib": rss_mib(self._fast.pids["router"]),
+            "after_mib": rss_mib(self._pools["fast"].pids["router"]),
         }
 
 
@@ -163,7 +194,13 @@ def _run_client(load: Load) -> Window:
 
 def row_of(case: Case, window: Window) -> Row:
     """A window in the units of the tables: us per token for streams, ms per request for short requests."""
-    row: Row = {"table": case.table, "connections": case.connections, "isl": case.isl, "osl": case.max_tokens}
+    row: Row = {
+        "table": case.table,
+        "pool": case.pool,
+        "connections": case.connections,
+        "isl": case.isl,
+        "osl": case.max_tokens,
+    }
     row["window_s"] = window.window_s
     if case.table == "requests":
         row["per_s"] = window.requests / window.window_s
@@ -182,6 +219,7 @@ def _per(cpu_s: float | None, count: float, scale: float) -> float | None:
 
 
 STREAM_COLUMNS = {
+    "pool": "tokens from",
     "connections": "streams",
     "per_s": "tokens/s",
     "router_us": "router us/token",
@@ -261,23 +299,17 @@ async def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
         async with EmbeddedServer(Path(folder) / "nats") as server:
 
-            def pool(name: str, itl_ms: float) -> AbstractContextManager[Pool]:
+            def pool(name: str, workers: dict[str, list[str]]) -> AbstractContextManager[Pool]:
+                is_profiled = arguments.profile is not None and name == arguments.profile[0]
                 return running_pool(
-                    name,
-                    server.url,
-                    model,
-                    Path(folder),
-                    workers={
-                        role: {"slots": slots, "kv-blocks": KV_BLOCKS, "sim-layers": SIM_LAYERS, "sim-itl-ms": itl_ms,
-                               "sim-prefill-ms-per-token": 0}
-                        for role, slots in SLOTS.items()
-                    },
-                    router={"local-prefill-tokens-max": 0},
-                    profile=Path(arguments.profile) if arguments.profile and name in arguments.only else None,
+                    name, server.url, model, Path(folder), workers=workers,
+                    router={"local-prefill-tokens-max": 0, "policy": "kv"},
+                    profile=(arguments.profile[1], Path(arguments.profile[2])) if is_profiled else None,
                 )  # fmt: skip
 
-            with pool("paced", ITL_MS) as paced, pool("fast", 0) as fast:
-                bench = Bench(server, paced, fast, model)
+            with contextlib.ExitStack() as stack:
+                pools = {name: stack.enter_context(pool(name, workers)) for name, workers in POOLS.items()}
+                bench = Bench(server, pools, model)
                 rows = await measure_all(bench, todo, 1 if arguments.quick else 3)
     about: dict[str, Cell] = {
         "machine": machine(),
@@ -304,7 +336,10 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only rows whose name contains this, like 'paced 64'"
     )
-    parser.add_argument("--profile", metavar="FILE", help="run a router under cProfile, which writes there")
+    profile = (
+        "run a process (router, prefill, decode) of a pool (paced, fast, frames) under cProfile, which writes to FILE"
+    )
+    parser.add_argument("--profile", nargs=3, metavar=("POOL", "ROLE", "FILE"), help=profile)
     asyncio.run(run(parser.parse_args(None if argv is None else list(argv))))
     return 0
 
