@@ -44,6 +44,7 @@ class TokenOutbox:
         self._subscription: Subscription | None = None
         self._flush_handle: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0  # on our clock; uvloop gives a plain Handle, without a time, for a delay of nothing
         self._quiet = asyncio.Event()
         self._is_closed = False
         bus.on_connection(self._on_connection)
@@ -139,11 +140,12 @@ class TokenOutbox:
             self._quiet.set()
         at = self._state.next_at()
         if self._timer is not None:
-            if at is not None and self._timer.when() <= self._loop.time() + at - self._clock():
+            if at is not None and self._timer_at <= at:
                 return  # Early is harmless: it arms again.
             self._timer.cancel()
             self._timer = None
         if at is not None and self._bus.is_connected and not self._is_closed:
+            self._timer_at = at
             self._timer = self._loop.call_later(max(0.0, at - self._clock()), self._on_timer)
 
     def _on_timer(self) -> None:
