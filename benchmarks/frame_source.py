@@ -41,6 +41,9 @@ from hocket.bus.nats_bus import NatsBus
 
 FIRST_ID, IDS = 1000, 20_000
 HEARTBEAT_S = 0.5
+SETTLE_S = (
+    0.3  # Frames begin so long after the last admission: all streams at once, none ends while another one starts.
+)
 
 
 def answer_tokens(prompt: Sequence[int], count: int) -> list[int]:
@@ -79,6 +82,7 @@ class FrameSource:
         self._pool = pool
         self._tokens_per_s = tokens_per_s
         self._streams: dict[RouterId, list[_Stream]] = {}
+        self._admitted_s = 0.0
         self.card = WorkerCard(
             worker_id=WorkerId(f"frames-{secrets.token_hex(4)}"),
             role="decode",
@@ -111,7 +115,8 @@ class FrameSource:
         loop = asyncio.get_running_loop()
         due_s = loop.time()
         while True:
-            made = sum(map(self._send_frame, list(self._streams)))
+            is_settled = loop.time() >= self._admitted_s + SETTLE_S
+            made = sum(map(self._send_frame, list(self._streams))) if is_settled else 0
             now = loop.time()
             # What a busy moment cost is not made up for: the rate is a ceiling.
             due_s = max(due_s + made / self._tokens_per_s, now - 0.005)
@@ -131,6 +136,7 @@ class FrameSource:
         job = decode(delivery.payload)
         assert isinstance(job, DecodeJob)
         self._answer(delivery, Admitted(job.request_id, job.attempt))
+        self._admitted_s = asyncio.get_running_loop().time()
         self._streams.setdefault(job.router_id, []).append(_Stream(job))
 
     def _on_control(self, delivery: Delivery) -> None:
