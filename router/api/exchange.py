@@ -81,8 +81,9 @@ class Exchange:
             self.release()
             if self._sink is not None:
                 await self._sink.aclose()
-            work.cancel()
-            await asyncio.wait([work])
+            if not work.done():
+                work.cancel()
+                await asyncio.wait([work])
             if not work.cancelled() and (error := work.exception()) is not None:
                 log.error("a response could not be begun", exc_info=error)
 

@@ -48,8 +48,10 @@ class _Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._is_in_head:
+        if self._is_in_head:  # Still: most heads come in one piece.
             self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._on_slow_head)
             if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
                 self._refuse(431, f"the head of the request is larger than {HEAD_BYTES_MAX} bytes")
 
@@ -58,8 +60,6 @@ class _Protocol(HttpToolsProtocol):
         self.scope["state"][ABORT_CONNECTION] = self.transport.abort
         self._is_in_head = True
         self._head_bytes = 0
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._on_slow_head)
 
     def on_headers_complete(self) -> None:
         self._end_head()
@@ -111,6 +111,7 @@ class ApiServer:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=max(1, int(grace_s)),
             )

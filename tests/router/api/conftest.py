@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -85,6 +86,7 @@ class ScriptedCore:
     script: Script | None = None
     pace_s: float = 0.0
     error: RouterError | None = None
+    error_from: int = 0  # the first stream that gets the error
     not_ready: str | None = None
     admitted: asyncio.Event = field(default_factory=asyncio.Event)  # start() returns when it is set
     generations: dict[int, Generation] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class ScriptedCore:
         self.generations[stream_id] = generation
         self._note()
         await self.admitted.wait()
-        if self.error is not None:
+        if self.error is not None and stream_id >= self.error_from:
             raise self.error
         if self.script is not None:
             steps = self.script(generation, stream_id)
@@ -201,10 +203,18 @@ class Api:
 
     core: ScriptedCore
     path: TokenPath
-    port: int
+    server: ApiServer
     http: httpx.AsyncClient
-    openai: AsyncOpenAI
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    @functools.cached_property
+    def openai(self) -> AsyncOpenAI:
+        """Made when a test asks for it: it takes a while."""
+        return AsyncOpenAI(base_url=f"{self.server.url}/v1", api_key="none", max_retries=0)
 
     async def chat(self, **fields: object) -> httpx.Response:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], **fields}
@@ -249,16 +259,16 @@ class ApiFactory:
         server = ApiServer(app, host="127.0.0.1", port=0, grace_s=1.0)
         serving = asyncio.create_task(server.run())
         http = httpx.AsyncClient(base_url=server.url, timeout=10)
-        openai = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
-        api = Api(core, path, server.port, http, openai)
+        api = Api(core, path, server, http)
 
         async def stop() -> None:
             for writer in api.writers:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
-            await openai.close()
+            if "openai" in vars(api):
+                await api.openai.close()
             await http.aclose()
             await core.aclose()
             server.stop()

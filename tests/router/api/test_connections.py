@@ -14,6 +14,7 @@ import pytest
 from hocket.bus.messages import FINISH_CANCELLED, FINISH_ERROR, FINISH_STOP, EntryDetail
 from hocket.router.api import server as server_module
 from hocket.router.api.server import ApiServer, ServerError
+from hocket.router.generation import Overloaded
 
 
 def body(**fields) -> bytes:
@@ -25,6 +26,16 @@ def reset(writer: asyncio.StreamWriter) -> None:
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+async def takes_connections(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    await writer.wait_closed()
+    return True
 
 
 async def read_events(reader: asyncio.StreamReader) -> str:
@@ -58,6 +69,32 @@ async def test_a_client_that_leaves_cancels_its_generations(serve, says, leave, 
     await api.core.wait(lambda: set(api.core.cancelled) == {1, 2})
     assert time.monotonic() - left_s < 1
     assert not len(api.path)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_choice_that_cannot_start_ends_the_others(serve, says, is_streamed) -> None:
+    api = await serve(None)
+    api.core.error, api.core.error_from = Overloaded("full", retry_after_s=1.0), 3
+    answer = await api.chat(n=4, stream=is_streamed)
+    assert answer.status_code == 429
+    assert {1, 2} <= set(api.core.cancelled)
+    assert not len(api.path)
+
+
+async def test_a_stopped_server_lets_answers_end_within_the_grace_and_cuts_the_rest(serve, says, caplog) -> None:
+    api = await serve(None)
+    reader, _ = await api.raw(body(stream=True))
+    stuck, _ = await api.raw(body(stream=True))
+    await api.core.wait(lambda: len(api.core.generations) == 2)
+    api.server.stop()
+    async with asyncio.timeout(5):
+        while await takes_connections(api.port):
+            await asyncio.sleep(0.02)
+    api.core.send(1, [*await says.ids("fox"), says.eos], finish=FINISH_STOP, detail=EntryDetail(stop_token=says.eos))
+    assert content(await read_events(reader)) == "fox"
+    async with asyncio.timeout(5):
+        await stuck.read()
+    await api.core.wait(lambda: api.core.cancelled == [2])
 
 
 async def test_a_client_that_leaves_while_sending_its_body_costs_nothing(serve, says) -> None:
