@@ -271,3 +271,13 @@ def test_the_curl_line_survives_the_shell(model: str):
         text=True,
     ).stdout.splitlines()
     assert json.loads(words[-1])["model"] == model
+
+
+def test_the_example_file_serves_as_it_stands(serve: Serve):
+    served = serve("--config", str(Path(__file__).parents[2] / "examples" / "cluster.toml"))
+    url = served.wait_ready()
+    assert "1 prefill and 2 decode workers" in served.output
+    assert ask(url) == "length"
+    os.kill(served.process.pid, signal.SIGINT)
+    assert served.wait_exit(10.0) == 0
+    assert served.pids() == []
