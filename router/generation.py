@@ -90,9 +90,6 @@ class TokenStreams(Protocol):
     def rebind(self, stream_id: int, attempt: int) -> None:
         """Only tokens of `attempt` count from now on; the stream keeps its place (its next index)."""
 
-    def has_started(self, stream_id: int) -> bool:
-        """Whether a token was accepted."""
-
     def fail(self, stream_id: int, failure: Failure) -> None:
         """End the stream with one error event; unknown ids are ignored."""
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 2.0
 TICK_S = 0.25
-BEAT_TOLERANCE_S = 1.0
+SNAPSHOT_RETRY_S = 1.0
 """A snapshot that failed is asked for again after this long."""
 
 
@@ -163,7 +163,7 @@ class Membership:
                 answer = await self._request(worker, KvSnapshotRequest())
             except (BusError, msgspec.MsgspecError) as error:
                 log.info("no snapshot yet: %s", error, extra={"worker_id": worker})
-                await asyncio.sleep(BEAT_TOLERANCE_S)
+                await asyncio.sleep(SNAPSHOT_RETRY_S)
                 continue
             if self._feeds.get(worker) is not feed:
                 return

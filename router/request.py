@@ -38,7 +38,6 @@ class Pick:
     """Ask the policy; answered by `picked` or `nothing_to_pick`."""
 
     exclude: frozenset[WorkerId]
-    must_be_local: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +191,7 @@ class RequestMachine:
 
     def begin(self) -> list[Instruction]:
         """The first event."""
-        return [Pick(frozenset(), must_be_local=False)]
+        return [Pick(frozenset())]
 
     def picked(self, worker: WorkerId, plan: Plan, why: str, token: HandoffToken) -> list[Instruction]:
         """The policy chose; `token` is fresh and used when the plan is remote."""
@@ -348,7 +347,7 @@ class RequestMachine:
         self.worker = None
         if self.attempt + 1 >= ATTEMPTS_MAX:
             return self.nothing_to_pick()
-        return [Pick(frozenset(self._excluded), must_be_local=False)]
+        return [Pick(frozenset(self._excluded))]
 
     def _again_locally(self) -> list[Instruction]:
         """The same decode worker, a new attempt that waits for nobody's KV."""

@@ -299,8 +299,8 @@ class Router:
         todo = deque(instructions)
         while todo:
             match todo.popleft():
-                case Pick(exclude=exclude, must_be_local=must_be_local):
-                    todo.extend(self._pick(live, exclude, must_be_local=must_be_local))
+                case Pick(exclude=exclude):
+                    todo.extend(self._pick(live, exclude))
                 case AskDecode() as ask:
                     todo.extend(await self._dispatch.ask_decode(machine, live.stream_id, ask))
                 case PublishPrefill() as publish:
@@ -351,7 +351,7 @@ class Router:
 
     # ---- picking
 
-    def _pick(self, live: Live, exclude: frozenset[WorkerId], *, must_be_local: bool) -> list[Instruction]:
+    def _pick(self, live: Live, exclude: frozenset[WorkerId]) -> list[Instruction]:
         generation = live.machine.generation
         members = self.membership.view.candidates(generation.model, exclude)
         if not members:
@@ -370,7 +370,7 @@ class Router:
         choice, chosen = self._ask_policy(request, workers)
         plan = choice.plan or request.default_plan(chosen)
         card = members[workers.index(chosen)].card
-        if must_be_local or not prefill.get(card.fingerprint) or not card.handoff_addresses:
+        if not prefill.get(card.fingerprint) or not card.handoff_addresses:
             plan = "local"
         live.hit_blocks = chosen.hit_blocks
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)

@@ -189,11 +189,6 @@ class TokenPath:
         if stream := self._streams.get(stream_id):
             stream.attempt = attempt
 
-    def has_started(self, stream_id: int) -> bool:
-        """Whether a token was accepted."""
-        stream = self._streams.get(stream_id)
-        return stream is not None and stream.next_index > 0
-
     def fail(self, stream_id: int, failure: Failure) -> None:
         """End the stream with one error event."""
         if stream := self._streams.pop(stream_id, None):

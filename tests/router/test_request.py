@@ -51,7 +51,7 @@ def kinds(instructions: list[Instruction]) -> list[type[Instruction]]:
 
 def test_a_remote_request_is_admitted_before_its_job_is_published():
     request = machine()
-    assert request.begin() == [Pick(frozenset(), must_be_local=False)]
+    assert request.begin() == [Pick(frozenset())]
     assert request.picked(D1, "remote", "why", TOKEN) == [Assign(D1), AskDecode(D1, 0, TOKEN)]
     assert request.admitted(0) == [PublishPrefill(D1, 0, TOKEN)]
     assert request.published(0, 7) == [ReportStarted(D1, "remote", "why")]
@@ -68,7 +68,7 @@ def test_a_busy_worker_is_not_asked_again():
     request = machine()
     request.begin()
     request.picked(D1, "remote", "", TOKEN)
-    assert request.refused(0, "busy", "", 3.0) == [Release(D1), Pick(frozenset({D1}), must_be_local=False)]
+    assert request.refused(0, "busy", "", 3.0) == [Release(D1), Pick(frozenset({D1}))]
     assert request.picked(D2, "remote", "", TOKEN) == [Rebind(1), Assign(D2), AskDecode(D2, 1, TOKEN)]
 
 
@@ -141,7 +141,7 @@ def test_a_decode_worker_lost_before_the_first_token_is_replaced():
         CancelAttempts(0),
         Release(D1),
         DeleteJob(7),
-        Pick(frozenset({D1}), must_be_local=False),
+        Pick(frozenset({D1})),
     ]
 
 
