@@ -275,12 +275,12 @@ def bars_of(case: Case, row: Row) -> str:
     return ", ".join(shown)
 
 
-async def measure_all(bench: Bench, todo: list[Case], rounds: int) -> list[Row]:
+async def measure_all(bench: Bench, todo: list[Case], rounds: int, *, with_memory: bool) -> list[Row]:
     """Every case once a round, so that a disturbance of the machine falls on all of them alike; medians."""
     windows: dict[str, list[Row]] = {case.name: [] for case in todo}
     progress = Progress(rounds * len(todo) + 1)
     progress.step("memory")
-    memory = await bench.memory(512)
+    memory = [await bench.memory(512)] if with_memory else []
     for round_index in range(rounds):
         for case in todo:
             progress.step(f"{round_index + 1}/{rounds} {case.name}")
@@ -290,14 +290,14 @@ async def measure_all(bench: Bench, todo: list[Case], rounds: int) -> list[Row]:
     for case in todo:
         row = median_row(windows[case.name])
         rows.append(row | {"bars": bars_of(case, row), "windows": len(windows[case.name])})
-    return [*rows, memory]
+    return [*rows, *memory]
 
 
 async def run(arguments: argparse.Namespace) -> None:
     """Start everything, measure, print."""
     pin(os.getpid(), REST_CORE)  # What is started from here inherits it; the router is moved to its own core.
     model = resolve_model("demo")
-    todo = [case for case in cases(1.0 if arguments.quick else 2.5) if arguments.only in case.name]
+    todo = [case for case in cases(1.0 if arguments.quick else 2.0) if arguments.only in case.name]
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
         async with EmbeddedServer(Path(folder) / "nats") as server:
 
@@ -312,7 +312,9 @@ async def run(arguments: argparse.Namespace) -> None:
             with contextlib.ExitStack() as stack:
                 pools = {name: stack.enter_context(pool(name, workers)) for name, workers in POOLS.items()}
                 bench = Bench(server, pools, model)
-                rows = await measure_all(bench, todo, 1 if arguments.quick else 3)
+                rows = await measure_all(
+                    bench, todo, 1 if arguments.quick else 3, with_memory=arguments.only in "memory"
+                )
     about: dict[str, Cell] = {
         "machine": machine(),
         "versions": versions("hocket", "nats-py", "uvicorn", "uvloop", "starlette"),
@@ -334,7 +336,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, one object each")
-    parser.add_argument("--quick", action="store_true", help="one window of 1 s for each row instead of three of 2.5 s")
+    parser.add_argument("--quick", action="store_true", help="one window of 1 s for each row instead of three of 2 s")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only rows whose name contains this, like 'paced 64'"
     )
