@@ -36,7 +36,7 @@ from hocket.workers.engines.sim.kv import expected_tokens
 from hocket.workers.engines.sim.vocabulary import sim_vocabulary
 
 ITL_MS = 20.0
-SIM_LAYERS = 4
+SIM_LAYERS = 1  # one KV message for a prompt: kv_handoff.py measures the data plane
 TEMPLATE_TOKENS = 15  # what the chat template adds to a prompt's words (load_client.messages)
 KV_BLOCKS = 40_000  # more than every load here holds
 SLOTS = {"decode": 1024, "prefill": 32}  # each prefill slot is an open pull at the server
