@@ -42,8 +42,9 @@ class PromptTokenizer:
         self._waiting -= 1
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        encode = self._tokenizer.encode
-        return [encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
+        # The one without offsets, a quarter cheaper; one text a call, or the library spreads them over all cores.
+        encode = self._tokenizer.encode_batch_fast
+        return [encode([text], add_special_tokens=add_special_tokens)[0].ids for text in texts]
 
     def close(self) -> None:
         """Forget what waits; a text that is being encoded is finished in its thread."""
