@@ -27,9 +27,10 @@ from .model import default_served_name, resolve_model
 from .runner import ChildPlan, Console, ReadyLines, Runner
 from .supervision import Limits
 
-# Over `grace_s`, so that a worker or router that is a little late still ends by itself. The three sum up to 6 s.
-_WORKER_STOP_S = 3.0
+# The router stops first: it takes nothing more and what it has accepted is finished while the workers still work. Over
+# `grace_s`, so that who is a little late still ends by itself. The three sum up to 6 s.
 _ROUTER_STOP_S = 1.5
+_WORKER_STOP_S = 3.0
 _NATS_STOP_S = 1.5
 _SERVER_DEATHS_MAX = 5
 _READY_POLL_S = 0.1
@@ -112,7 +113,7 @@ class _Cluster:
 
     def _runner(self, nats_url: str) -> Runner:
         serve = self._plan.serve
-        limits = Limits(start_timeout_s=serve.start_timeout_s, stop_s=(serve.grace_s + _WORKER_STOP_S, _ROUTER_STOP_S))
+        limits = Limits(start_timeout_s=serve.start_timeout_s, stop_s=(serve.grace_s + _ROUTER_STOP_S, _WORKER_STOP_S))
         plans = [*self._worker_plans(nats_url), self._router_plan(nats_url)]
         logs = self._folder / "logs"
         self._console.say(f"starting {', '.join(plan.name for plan in plans)}; logs in {logs}")
@@ -126,11 +127,17 @@ class _Cluster:
 
     def _worker_plan(self, spec: WorkerSpec, nats_url: str) -> ChildPlan:
         model = self._models[spec.config.model]
-        config = msgspec.structs.replace(spec.config, nats=nats_url, model=str(model), served_name=self._served_name)
+        config = msgspec.structs.replace(
+            spec.config,
+            nats=nats_url,
+            model=str(model),
+            served_name=self._served_name,
+            grace_s=min(spec.config.grace_s, 1.0),  # It stops after the router: nobody waits for its tokens.
+        )
         command = [*_COMMAND, "worker", spec.config.role, "--config", "-"]
         settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
         del settings["role"]  # The command says it.
-        return ChildPlan(spec.name, 0, command, settings, spec.environment)
+        return ChildPlan(spec.name, 1, command, settings, spec.environment)
 
     def _router_plan(self, nats_url: str) -> ChildPlan:
         config = msgspec.structs.replace(
@@ -138,10 +145,9 @@ class _Cluster:
             nats=nats_url,
             model=str(self._models[self._plan.serve.model]),
             served_name=self._served_name,
-            grace_s=min(self._plan.router.grace_s, 1.0),  # It stops after the workers: no stream can go on.
         )
         settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
-        return ChildPlan("router", 1, [*_COMMAND, "router", "--config", "-"], settings)
+        return ChildPlan("router", 0, [*_COMMAND, "router", "--config", "-"], settings)
 
     @property
     def _child_log_level(self) -> str:

@@ -49,7 +49,7 @@ class Admission:
         if refusal is not None:
             return self._refuse(job, *refusal)
         replaces = self._held.get(job.request_id)
-        if self.is_draining:
+        if self.is_draining and replaces is None:  # Another attempt of what runs here is no new work.
             return self._refuse(job, "draining", "the worker stops")
         if replaces is None and len(self._held) >= self._held_max:
             return self._refuse(job, "busy", f"{len(self._held)} requests are held")
