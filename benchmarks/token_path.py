@@ -98,7 +98,7 @@ def cases(window_s: float) -> list[Case]:
 
 
 def _paced(streams: int, window_s: float, bars: dict[str, str]) -> Case:
-    stagger_s, warm_s, tap_s = 0.004, 0.5, 1.0  # 250 starts a second: well below what the machine can start
+    stagger_s, warm_s, tap_s = 0.01, 0.5, 1.0  # 100 starts a second: well below what the machine can start
     tokens = (streams * stagger_s + warm_s + window_s + tap_s + 1.0) * 1000 / ITL_MS
     return Case(
         table="paced", pool="paced", connections=streams, isl=32, max_tokens=int(tokens), warm_s=warm_s, window_s=window_s,
@@ -211,6 +211,9 @@ def row_of(case: Case, window: Window) -> Row:
         row["tokens_per_event"] = window.tokens / max(window.events, 1)
     if case.pool != "frames":  # which holds the first token until every stream is there
         row.update({f"ttft_{rank}_ms": value for rank, value in window.ttft_ms.items()})
+    if case.table == "paced" and (ttft_ms := window.ttft_ms["p50"]) is not None:
+        # A prompt's KV lands in the middle of a step, on average, and its first token is made by the next one.
+        row["added_ttft_ms"] = ttft_ms - 1.5 * ITL_MS
     for name, spread in (("gap", window.gap_ms), ("read", window.tap_to_read_ms)):
         row.update({f"{name}_{rank}_ms": value for rank, value in spread.items()})
     return row
@@ -235,6 +238,7 @@ STREAM_COLUMNS = {
 }
 PACED_COLUMNS = {
     **STREAM_COLUMNS,
+    "added_ttft_ms": "added p50 ms",
     "gap_p50_ms": "gap p50 ms",
     "gap_p99_ms": "p99 ms",
     "read_p50_ms": "bus->client p50 ms",
@@ -255,7 +259,7 @@ REQUEST_COLUMNS = {
     "bars": "bars",
 }
 TABLES: dict[str, tuple[str, dict[str, str]]] = {
-    "paced": (f"Streams at {ITL_MS:.0f} ms a token (the engine's own TTFT is {ITL_MS:.0f} ms)", PACED_COLUMNS),
+    "paced": (f"Streams at {ITL_MS:.0f} ms a token", PACED_COLUMNS),
     "saturated": ("Streams as fast as possible", {**STREAM_COLUMNS, "bars": "bars"}),
     "requests": (
         "Requests of 8 tokens, nothing cached, remote prefill, engine at 0 ms: the whole TTFT is ours",
