@@ -93,6 +93,25 @@ async def test_all_tokens_of_a_turn_go_in_one_frame_for_each_router(rig: Rig) ->
     await outbox.aclose()
 
 
+async def test_fast_steps_share_a_frame_but_first_tokens_and_ends_do_not_wait(rig: Rig) -> None:
+    bus, other = await rig.bus(), await rig.bus()
+    reader = Reader()
+    await other.subscribe(tokens_of(R1), reader.on_frame)
+    outbox = await make_outbox(bus)
+    outbox.open(R1, 1, 0)
+    outbox.add(R1, 1, 0, [0], detail=EntryDetail(computed_tokens=1))
+    await until(lambda: len(reader.frames) == 1)
+    for token in range(1, 30):
+        outbox.add(R1, 1, 0, [token])
+        await asyncio.sleep(0)  # Another turn of the loop: another step of the engine.
+    outbox.add(R1, 1, 0, [30], finish=FINISH_LENGTH)
+    await until(lambda: (1, 0) in reader.finished)
+    assert reader.tokens[(1, 0)] == list(range(31))
+    assert len(reader.frames) < 15
+    outbox.acknowledge(ack(R1, (1, 0)))
+    await outbox.aclose()
+
+
 async def test_an_end_is_sent_again_until_it_is_acknowledged(rig: Rig) -> None:
     worker, router = await rig.bus(), await rig.bus()
     reader = Reader()
