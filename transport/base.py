@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -17,28 +17,65 @@ import numpy.typing as npt
 
 from .layout import KvLayout
 
-Buffer = npt.NDArray[np.uint8]
-"""A contiguous run of host bytes; a view, never a copy."""
+
+@dataclass(frozen=True, slots=True)
+class DeviceBuffer:
+    """A contiguous run of GPU memory. Only a link with `moves_device_memory` takes it."""
+
+    address: int
+    nbytes: int
+    owner: object  # keeps the memory alive
+
+
+Buffer = npt.NDArray[np.uint8] | DeviceBuffer
+"""A contiguous run of bytes; a view, never a copy."""
+HostBuffer = npt.NDArray[np.uint8]
 Done = Callable[[BaseException | None], None]
 """Called once, on the loop: None when all bytes have moved; else why not, and from then on the buffers are safe."""
 ControlHandler = Callable[[bytes], None]
 LostHandler = Callable[[Exception], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Some tokens and heads of the blocks of an `Extent`, in canonical order (K/V, token, head, dim)."""
+
+    first_token: int  # within the first block
+    tokens: int
+    first_head: int  # of this rank's heads
+    heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Blocks of one layer, as they lie in one pool."""
+
+    layer: int
+    block_ids: tuple[int, ...]
+    cut: Cut | None = None  # None: the blocks' own bytes, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message goes. Asked for when the message begins to arrive, so that who waits holds no memory."""
+
+    nbytes: int
+    take: Callable[[], Sequence[Buffer] | None]  # None: no room yet; `Link.retry_receives` says when to ask again
+
+    @classmethod
+    def of(cls, buffers: Sequence[Buffer]) -> Place:
+        """These buffers, whenever it comes."""
+        return cls(sum(buffer.nbytes for buffer in buffers), lambda: buffers)
+
+
 class KvPool(Protocol):
-    """The KV cache of one worker, as bytes. Blocks are numbered 0..blocks-1 alike in every layer."""
+    """The KV cache of one worker. Blocks are numbered 0..blocks-1 alike in every layer."""
 
     @property
     def layout(self) -> KvLayout: ...
 
     @property
     def blocks(self) -> int: ...
-
-    def buffers(self, layer: int, block_ids: Sequence[int]) -> list[Buffer]:
-        """Views of those blocks in that order; neighbours in memory may come as one view. Raises IndexError."""
-
-    def digest(self, layer: int, block_ids: Sequence[int]) -> int:
-        """xxh3-64 over the bytes of those blocks in that order: equal contents, equal digest, wherever they lie."""
 
 
 class Link(Protocol):
@@ -53,6 +90,10 @@ class Link(Protocol):
         """What really moves the bytes, as far as it can be known: "tcp", "ucx(sysv,cma,tcp)", "inproc"."""
 
     @property
+    def moves_device_memory(self) -> bool:
+        """Whether it takes a `DeviceBuffer` at a device's speed (UCX with CUDA IPC or RDMA on both sides)."""
+
+    @property
     def bytes_received(self) -> int:
         """Grows while bytes arrive, as far as can be seen: a slow peer is not a hung one."""
 
@@ -62,8 +103,11 @@ class Link(Protocol):
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         """Send one message of KV bytes; the buffers must not change until `done`. Raises LinkLost."""
 
-    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
-        """Receive the message with `tag` (any order) into the buffers; its length must be theirs. Raises LinkLost."""
+    def post_receive(self, tag: int, place: Place, done: Done) -> None:
+        """Receive the message with `tag` (any order) into the place; its length must be the place's. Raises LinkLost."""
+
+    def retry_receives(self) -> None:
+        """A place that had no room may have some now."""
 
     def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
         """Begin to deliver. `on_lost` is called once, after every outstanding `done`."""
@@ -110,14 +154,25 @@ class HandoffKey(msgspec.Struct, frozen=True, array_like=True):
     delivery: int  # of the prefill job by the queue, from 1
 
 
+class GroupBlocks(NamedTuple):
+    """Blocks of one KV group of a prompt: logical blocks `first_block`, `first_block + 1`, ... lie in `block_ids`."""
+
+    first_block: int
+    block_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """Decode side: KV that somebody will bring, and where it goes."""
+    """Decode side: KV that somebody will bring, and where it goes.
+
+    Of group g the tokens from `groups[g].first_block` (what lies before is here already, or out of its window) up to
+    `end_token` are wanted, and the blocks are exactly theirs.
+    """
 
     token: bytes
     attempt: int
-    first_block: int  # logical blocks before it are already here (prefix cache hit)
-    block_ids: tuple[int, ...]  # of this worker's pool, for logical blocks first_block, first_block + 1, ...
+    groups: tuple[GroupBlocks, ...]
+    end_token: int
     timeout_s: float  # until it must have landed, however often the sender changes
 
 
@@ -126,8 +181,8 @@ class ReceiveEnd:
     """Decode side: the expectation is over and no writer can touch its blocks any more."""
 
     token: bytes
-    is_landed: bool  # every block of every layer is here and every digest fits
-    good_blocks: int  # leading blocks of the expectation that are complete and verified in all layers
+    is_landed: bool  # every wanted token of every layer is here and every digest fits
+    good_token: int  # the wanted tokens before this one are complete and verified in all layers
     kv_bytes: int  # received
     reason: str = (
         ""  # when not landed: "timeout", "cancelled", "digest", "sender_failed", "link_lost", "stalled", "closing"
@@ -142,17 +197,21 @@ class SendOrder:
     addresses: tuple[str, ...]  # of the decode worker, best first
     decode_epoch: int
     fingerprint: str
-    blocks: int  # of the whole prompt, the last one may be partly filled
+    tokens: int  # of the whole prompt; what decode does not want of it is not sent
     timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Prefill side: blocks that the engine fills in one forward pass."""
+    """Prefill side: tokens that the engine computes in one forward pass, and the blocks that hold them.
 
-    first_block: int  # logical
-    block_ids: tuple[int, ...]  # of this worker's pool
-    is_last: bool
+    `end_token` is a multiple of every group's block, or the prompt's end. A group may lack its first blocks (out of
+    its window already); its last block is that of `end_token`.
+    """
+
+    first_token: int
+    end_token: int
+    groups: tuple[GroupBlocks, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +228,7 @@ class SendEnd:
     key: HandoffKey
     is_landed: bool
     kv_bytes: int
-    reason: str = ""  # "refused:<why>", "cancelled", "link_lost", "timeout", "aborted", "closing"
+    reason: str = ""  # "refused:<why>", "cancelled", "link_lost", "timeout", "aborted", "missing_blocks", "closing"
 
 
 class HandoffEndpointLike(Protocol):
