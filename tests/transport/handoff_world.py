@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from hocket.transport.base import Chunk, Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
+from hocket.transport.base import (
+    Chunk,
+    Expectation,
+    Extent,
+    GroupBlocks,
+    HandoffKey,
+    ReceiveEnd,
+    SendEnd,
+    SendOrder,
+    SendReleased,
+)
 from hocket.transport.frames import Frame, decode, encode
 from hocket.transport.handoff import (
     AbortLink,
@@ -28,22 +38,39 @@ from hocket.transport.handoff import (
     FrameReceived,
     Instruction,
     LayerReady,
+    LinkGreeted,
     LinkId,
     LinkLost,
     LinkUp,
     MessageDone,
     MessageId,
     OpenOrder,
+    PlanSend,
     PostReceive,
     PostSend,
     SendFrame,
     Tick,
 )
+from hocket.transport.layout import KvGroup, KvLayer, KvLayout, KvShape
 from hocket.transport.receiver import Receiver
 from hocket.transport.sender import Sender
+from hocket.transport.wire import MessageSizes
+from hocket.transport.wire import Wire as KvWire
 
 LAYERS = 3
-FINGERPRINT = "f" * 32
+WINDOW = 2  # tokens that the second group's layer is wanted of, at most
+LAYOUTS = [
+    KvLayout("m", "r", "u8", "u8", tuple(KvLayer(str(layer), 1, 2) for layer in range(LAYERS)), KvShape((1,))),
+    KvLayout(
+        "m",
+        "r",
+        "u8",
+        "u8",
+        tuple(KvLayer(str(layer), 1, 2, group=layer % 2) for layer in range(LAYERS)),
+        KvShape((1, 1)),
+        groups=(KvGroup(), KvGroup("window", WINDOW)),
+    ),
+]
 EPOCH = 9
 TICK_S = 0.1
 Action = Callable[[], None]
