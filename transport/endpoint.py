@@ -57,7 +57,7 @@ from .handoff import (
     Tick,
 )
 from .handoff import LinkLost as LinkLostEvent
-from .layout import HANDOFF_PROTOCOL
+from .layout import HANDOFF_PROTOCOL, KvLayout
 from .mover import tag_of
 from .movers import mover_for, sizes_for
 from .receiver import Receiver
@@ -83,6 +83,22 @@ class EndpointStats:
     links: dict[str, str] = field(default_factory=dict)  # peer -> what moves the bytes
     receiving: int = 0
     sending: int = 0
+
+    @classmethod
+    def sum(cls, parts: Iterable[EndpointStats]) -> EndpointStats:
+        """Of several endpoints as one."""
+        total = cls()
+        for part in parts:
+            total.kv_bytes_sent += part.kv_bytes_sent
+            total.kv_bytes_received += part.kv_bytes_received
+            total.received += part.received
+            total.sent += part.sent
+            total.refusals = dict(Counter(total.refusals) + Counter(part.refusals))
+            total.links_lost += part.links_lost
+            total.links |= part.links
+            total.receiving += part.receiving
+            total.sending += part.sending
+        return total
 
 
 @dataclass(slots=True)
@@ -144,6 +160,10 @@ class HandoffEndpoint:
     def addresses(self) -> tuple[str, ...]:
         """Where prefill workers connect, best first; empty when it does not listen."""
         return tuple(listener.address for listener in self._listeners)
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._pool.layout
 
     @property
     def stats(self) -> EndpointStats:

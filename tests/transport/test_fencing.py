@@ -22,8 +22,8 @@ from transport_rig import (
 )
 
 from hocket.transport import Extent, HandoffKey, Link, SendEnd, SendReleased, frames
-from hocket.transport.layout import HANDOFF_PROTOCOL
 from hocket.transport.handoff import LinkId, MessageId
+from hocket.transport.layout import HANDOFF_PROTOCOL
 from hocket.transport.mover import tag_of
 
 
@@ -74,7 +74,9 @@ class Peer:
 
     def digests(self, block_ids: list[int]) -> bytes:
         layers = range(len(self.pair.source.layout.layers))
-        return b"".join(self.pair.source.digest([Extent(layer, tuple(block_ids))]).to_bytes(8, "little") for layer in layers)
+        return b"".join(
+            self.pair.source.digest([Extent(layer, tuple(block_ids))]).to_bytes(8, "little") for layer in layers
+        )
 
 
 ByHand = Callable[[Pair], Awaitable[Peer]]

@@ -45,10 +45,17 @@ def make_transport(scheme: str) -> Transport:
     return {"inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
 
 
-def make_layout(layers: int = LAYERS, block_bytes: int = 4096, model: str = "test/model") -> KvLayout:
-    head_bytes = block_bytes // (BLOCK_TOKENS * HEADS)
-    kv_layers = tuple(KvLayer(f"model.layers.{layer}.attn", HEADS, head_bytes) for layer in range(layers))
-    return KvLayout(model, "main", "float32", "float32", kv_layers, KvShape((BLOCK_TOKENS,)))
+def make_layout(
+    layers: int = LAYERS,
+    block_bytes: int = 4096,
+    model: str = "test/model",
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+    heads: int = HEADS,
+) -> KvLayout:
+    head_bytes = block_bytes // (block_tokens * heads)
+    kv_layers = tuple(KvLayer(f"model.layers.{layer}.attn", heads, head_bytes) for layer in range(layers))
+    return KvLayout(model, "main", "float32", "float32", kv_layers, KvShape((block_tokens,)))
 
 
 def expectation(
