@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -87,7 +87,7 @@ class StagedMover:
 
     # On the loop.
 
-    def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         with self._lock:
             for message, extents, nbytes in messages:
                 last_layer = max(extent.layer for extent in extents)
