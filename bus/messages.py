@@ -157,6 +157,7 @@ class PrefillJob(_Message, frozen=True, tag="prefill_job"):
     decode_addresses: tuple[str, ...]
     fingerprint: str
     deadline_unix_s: float  # past it the client has gone: drop the job
+    decode_block_tokens: Count = 0  # of the decode worker's card; 0: unknown
 
 
 class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):

@@ -66,6 +66,7 @@ class PrefillTask:
     decode_epoch: int
     fingerprint: str
     timeout_s: float
+    decode_block_tokens: int = 0  # `EngineInfo.block_tokens` of the decode engine; 0: as here
 
 
 @dataclass(frozen=True, slots=True)
