@@ -7,14 +7,14 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from . import frames
 from .base import (
     Chunk,
     Expectation,
+    GroupBlocks,
     HandoffKey,
     KvPool,
     Link,
@@ -43,11 +43,12 @@ from .handoff import (
     Instruction,
     LayerReady,
     LinkActive,
+    LinkGreeted,
     LinkId,
     LinkUp,
     MessageDone,
-    MessageId,
     OpenOrder,
+    PlanSend,
     PostReceive,
     PostSend,
     ReceiverEvent,
@@ -56,15 +57,17 @@ from .handoff import (
     Tick,
 )
 from .handoff import LinkLost as LinkLostEvent
-from .layout import HANDOFF_PROTOCOL
+from .layout import HANDOFF_PROTOCOL, KvLayout
+from .mover import tag_of
+from .movers import mover_for, sizes_for
 from .receiver import Receiver
 from .registry import start_transports
 from .sender import Sender
+from .wire import Wire
 
 log = logging.getLogger(__name__)
 DIAL_TIMEOUT_S = 2.0
 HELLO_TIMEOUT_S = 2.0
-DIGEST_INLINE_BYTES = 2 << 20  # 0.1-0.4 ms; more goes to a thread, which holds no GIL meanwhile
 
 
 @dataclass(slots=True)
@@ -81,11 +84,28 @@ class EndpointStats:
     receiving: int = 0
     sending: int = 0
 
+    @classmethod
+    def sum(cls, parts: Iterable[EndpointStats]) -> EndpointStats:
+        """Of several endpoints as one."""
+        total = cls()
+        for part in parts:
+            total.kv_bytes_sent += part.kv_bytes_sent
+            total.kv_bytes_received += part.kv_bytes_received
+            total.received += part.received
+            total.sent += part.sent
+            total.refusals = dict(Counter(total.refusals) + Counter(part.refusals))
+            total.links_lost += part.links_lost
+            total.links |= part.links
+            total.receiving += part.receiving
+            total.sending += part.sending
+        return total
+
 
 @dataclass(slots=True)
 class _Peer:
     link: Link
     address: str | None  # as dialled; None: it connected to us
+    greeted: asyncio.Future[Wire]  # what we send travels like this; cancelled when it is lost before its hello
     hello: frames.Hello | None = None
     hello_by: float = 0.0
     bytes_seen: int = 0
@@ -110,7 +130,7 @@ class HandoffEndpoint:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         layout = pool.layout
-        if len(layout.layer_names) > frames.LAYERS_MAX or pool.blocks > frames.BLOCKS_MAX:
+        if len(layout.layers) > frames.LAYERS_MAX or pool.blocks > frames.BLOCKS_MAX:
             raise ValueError(f"at most {frames.LAYERS_MAX} layers and {frames.BLOCKS_MAX} blocks")
         self._pool = pool
         self._transports = list(transports)
@@ -118,11 +138,10 @@ class HandoffEndpoint:
         self._listens = listens
         self._clock = clock
         self._hello = frames.encode(
-            frames.Hello(HANDOFF_PROTOCOL, worker_name[:256], os.urandom(16), layout.fingerprint(), epoch)
+            frames.Hello(HANDOFF_PROTOCOL, worker_name[:256], os.urandom(16), layout.fingerprint(), epoch, layout.shape)
         )
-        sizes = layout.layer_block_bytes
-        self._receiver = Receiver(layer_block_bytes=sizes, fingerprint=layout.fingerprint(), epoch=epoch)
-        self._sender = Sender(layer_block_bytes=sizes)
+        self._receiver = Receiver(layout, epoch=epoch)
+        self._sender = Sender(layers=len(layout.layers))
         self._on_end: dict[bytes, Callable[[ReceiveEnd], None]] = {}
         self._on_event: dict[HandoffKey, Callable[[SendReleased | SendEnd], None]] = {}
         self._peers: dict[LinkId, _Peer] = {}
@@ -134,7 +153,6 @@ class HandoffEndpoint:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._last_link = 0
-        self._digesters = ThreadPoolExecutor(2, "kv-digest")  # Starts its threads on first use.
         self._stats = EndpointStats()
         self._is_closed = False
 
@@ -142,6 +160,10 @@ class HandoffEndpoint:
     def addresses(self) -> tuple[str, ...]:
         """Where prefill workers connect, best first; empty when it does not listen."""
         return tuple(listener.address for listener in self._listeners)
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._pool.layout
 
     @property
     def stats(self) -> EndpointStats:
@@ -154,6 +176,7 @@ class HandoffEndpoint:
     async def start(self) -> None:
         """Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
+        self._mover = mover_for(self._pool)
         self._transports = await start_transports(self._transports)
         if self._listens:
             for transport in self._transports:
@@ -172,7 +195,7 @@ class HandoffEndpoint:
             self._abort(link_id, "closing")
         while self._tasks:
             await asyncio.wait(self._tasks)
-        self._digesters.shutdown(wait=True)
+        self._mover.close()
         await asyncio.sleep(0)  # Digests that came home while we waited are delivered by call_soon.
         if self._timer:
             self._timer.cancel()
@@ -191,8 +214,7 @@ class HandoffEndpoint:
     def expect(self, expectation: Expectation, on_end: Callable[[ReceiveEnd], None]) -> None:
         """Grant the blocks to whoever claims the token. `on_end` comes exactly once. Raises ValueError, IndexError."""
         self._check_open()
-        if any(not 0 <= block < self._pool.blocks for block in expectation.block_ids):
-            raise IndexError(f"a block outside of the pool of {self._pool.blocks}")
+        self._check_blocks(expectation.groups)
         instructions = self._receiver.on(Expect(expectation), self._clock())
         self._on_end[expectation.token] = on_end
         self._carry_out(instructions)
@@ -212,9 +234,12 @@ class HandoffEndpoint:
 
     def announce(self, key: HandoffKey, chunk: Chunk) -> None:
         """A forward pass for these blocks begins; they must stay until SendReleased. Raises ValueError, IndexError."""
-        if any(not 0 <= block < self._pool.blocks for block in chunk.block_ids):
-            raise IndexError(f"a block outside of the pool of {self._pool.blocks}")
+        self._check_blocks(chunk.groups)
         self._tell_sender(Announce(key, chunk))
+
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        """From any thread, before `layer_ready`: this layer of the announced chunks was enqueued on a device's stream."""
+        self._mover.gather_ahead(keys, layer, stream)
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
@@ -223,6 +248,10 @@ class HandoffEndpoint:
     def abort(self, key: HandoffKey, reason: str) -> None:
         """There will be no more chunks; SendReleased and SendEnd follow. Unknown keys are ignored."""
         self._tell_sender(AbortOrder(key, reason))
+
+    def _check_blocks(self, groups: Iterable[GroupBlocks]) -> None:
+        if any(not 0 <= block < self._pool.blocks for group in groups for block in group.block_ids):
+            raise IndexError(f"a block outside of the pool of {self._pool.blocks}")
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -278,10 +307,16 @@ class HandoffEndpoint:
                     self._say(peer, instruction)
             case PostReceive():
                 self._post_receive(instruction)
+            case PlanSend():
+                self._plan(instruction)
             case PostSend():
                 self._post_send(instruction)
             case ComputeDigest():
-                self._digest(instruction)
+                self._mover.digest(
+                    instruction.message,
+                    instruction.extents,
+                    lambda digest: self._tell_receiver(Digested(instruction.message, digest)),
+                )
             case AbortLink():
                 self._abort(instruction.link, instruction.why)
             case Dial():
@@ -295,6 +330,7 @@ class HandoffEndpoint:
                 self._stats.received["landed" if event.is_landed else event.reason] += 1
                 self._on_end.pop(event.token)(event)
             case SendEnd():
+                self._mover.forget(event.key)
                 self._stats.sent["landed" if event.is_landed else event.reason] += 1
                 self._on_event.pop(event.key)(event)
             case SendReleased():
@@ -309,56 +345,49 @@ class HandoffEndpoint:
             log.debug("frame to %s after its link was lost", peer.link.peer)
 
     def _post_receive(self, instruction: PostReceive) -> None:
-        message = instruction.message
-        buffers = self._pool.buffers(message.layer, instruction.block_ids)
+        message, nbytes = instruction.message, instruction.nbytes
 
         def done(error: BaseException | None) -> None:
             if error is None:
-                self._stats.kv_bytes_received += sum(buffer.nbytes for buffer in buffers)
+                self._stats.kv_bytes_received += nbytes
             self._tell_receiver(MessageDone(message, error))
 
-        try:
-            self._link(message.link).post_receive(_tag(message), buffers, done)
-        except LinkLost as error:
-            done(error)
+        if link := self._link(message.link):
+            self._mover.receive(link, message, instruction.extents, nbytes, done)
+        else:
+            done(LinkLost("the link was dropped"))
+
+    def _plan(self, instruction: PlanSend) -> None:
+        if instruction.messages and (link := self._link(instruction.messages[0][0].link)):
+            self._mover.plan(link, instruction.messages)
 
     def _post_send(self, instruction: PostSend) -> None:
-        message = instruction.message
-        buffers = self._pool.buffers(message.layer, instruction.block_ids)
+        message, nbytes = instruction.message, instruction.nbytes
+        link = self._link(message.link)
 
         def done(error: BaseException | None) -> None:
             if error is None:
-                self._stats.kv_bytes_sent += sum(buffer.nbytes for buffer in buffers)
+                self._stats.kv_bytes_sent += nbytes
             self._tell_sender(MessageDone(message, error))
 
+        def digested(digest: int) -> None:
+            self._tell_sender(Digested(message, digest))
+
+        if link and instruction.extents:
+            self._mover.send(link, message, instruction.extents, nbytes, done, digested)
+            return
         try:
-            self._link(message.link).post_send(_tag(message), buffers, done)
+            if link is None:
+                raise LinkLost("the link was dropped")
+            link.post_send(tag_of(message), (), done)
         except LinkLost as error:
             done(error)
+            if instruction.extents:
+                digested(0)
 
-    def _link(self, link_id: LinkId) -> Link:
+    def _link(self, link_id: LinkId) -> Link | None:
         peer = self._peers.get(link_id)
-        if peer is None or peer.is_aborting:
-            raise LinkLost("the link was dropped")
-        return peer.link
-
-    def _digest(self, instruction: ComputeDigest) -> None:
-        layer, block_ids = instruction.message.layer, instruction.block_ids
-        if self._pool.layout.layer_block_bytes[layer] * len(block_ids) <= DIGEST_INLINE_BYTES:
-            self._on_digest(instruction, self._pool.digest(layer, block_ids))
-            return
-
-        def home(future: Future[int]) -> None:
-            self._loop.call_soon_threadsafe(self._on_digest, instruction, future.result())
-
-        self._digesters.submit(self._pool.digest, layer, block_ids).add_done_callback(home)
-
-    def _on_digest(self, instruction: ComputeDigest, digest: int) -> None:
-        event = Digested(instruction.message, digest)
-        if instruction.is_received:
-            self._tell_receiver(event)
-        else:
-            self._tell_sender(event)
+        return None if peer is None or peer.is_aborting else peer.link
 
     # Links.
 
@@ -368,7 +397,7 @@ class HandoffEndpoint:
     def _adopt(self, link: Link, address: str | None) -> LinkId:
         self._last_link += 1
         link_id = LinkId(self._last_link)
-        peer = _Peer(link, address, hello_by=self._clock() + HELLO_TIMEOUT_S)
+        peer = _Peer(link, address, self._loop.create_future(), hello_by=self._clock() + HELLO_TIMEOUT_S)
         self._peers[link_id] = peer
         if address is not None:
             self._dialled[address] = link_id
@@ -399,15 +428,31 @@ class HandoffEndpoint:
             self._abort(link_id, str(error))
             return
         if peer.hello is None:
-            if not isinstance(frame, frames.Hello) or frame.protocol != HANDOFF_PROTOCOL:
-                self._abort(link_id, f"no hello of protocol {HANDOFF_PROTOCOL}")
-                return
-            peer.hello = frame
-            log.info("linked to %s at %s over %s", frame.worker, peer.link.peer, peer.link.transport)
+            self._greet(link_id, peer, frame)
             return
         self._tell_both(FrameReceived(link_id, frame))
 
+    def _greet(self, link_id: LinkId, peer: _Peer, frame: frames.Frame) -> None:
+        if not isinstance(frame, frames.Hello) or frame.protocol != HANDOFF_PROTOCOL:
+            self._abort(link_id, f"no hello of protocol {HANDOFF_PROTOCOL}")
+            return
+        peer.hello = frame
+        log.info("linked to %s at %s over %s", frame.worker, peer.link.peer, peer.link.transport)
+        layout = self._pool.layout
+        if frame.fingerprint != layout.fingerprint():
+            shape = layout.shape  # Its claims will be refused with the reason.
+        else:
+            shape = frame.shape
+        try:
+            sizes = sizes_for(self._pool, shape)
+            self._tell_receiver(LinkGreeted(link_id, Wire(layout, shape, i_send=False, sizes=sizes)))
+            peer.greeted.set_result(Wire(layout, shape, i_send=True, sizes=sizes))
+        except ValueError as error:
+            self._abort(link_id, str(error))
+
     def _on_lost(self, link_id: LinkId, peer: _Peer, error: Exception) -> None:
+        self._mover.drop(peer.link)
+        peer.greeted.cancel()
         del self._peers[link_id]
         if peer.address is not None and self._dialled.get(peer.address) == link_id:
             del self._dialled[peer.address]
@@ -434,9 +479,12 @@ class HandoffEndpoint:
             except (TransportError, ValueError) as error:
                 failures.append(str(error))
                 continue
-            if link_id in self._peers and not self._peers[link_id].is_aborting:
-                self._tell_sender(LinkUp(dial.key, link_id))
-                return
+            peer = self._peers.get(link_id)
+            if peer:
+                await asyncio.wait({peer.greeted})
+                if not peer.greeted.cancelled() and self._link(link_id):
+                    self._tell_sender(LinkUp(dial.key, link_id, peer.greeted.result()))
+                    return
             failures.append(f"lost {address} at once")
         log.warning("found no way to a decode worker: %s", "; ".join(failures))
         self._tell_sender(DialFailed(dial.key, "; ".join(failures)))
@@ -464,7 +512,3 @@ class HandoffEndpoint:
         task = self._loop.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _tag(message: MessageId) -> int:
-    return frames.message_tag(message.transfer, message.chunk, message.layer)
