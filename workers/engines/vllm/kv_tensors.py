@@ -70,6 +70,8 @@ def _group_facts(spec: Unchecked, layer_names: Sequence[str]) -> KvGroupFacts:
 def _kind(name: str, spec: Unchecked) -> KvGroup:
     """By the exact class: a subclass means other rules about blocks."""
     class_name = type(spec).__name__
+    if class_name == "MambaSpec":
+        raise UnfitKv(f"layer {name} keeps a state instead of KV (Mamba, linear attention), which cannot be handed off")
     if getattr(spec, "tokens_per_state", 1) != 1:
         raise UnfitKv(f"layer {name} keeps {spec.tokens_per_state} tokens in one state, which cannot be handed off")
     match class_name:
@@ -80,10 +82,6 @@ def _kind(name: str, spec: Unchecked) -> KvGroup:
             return KvGroup("window", int(spec.sliding_window))
         case "ChunkedLocalAttentionSpec":
             return KvGroup("chunk", int(spec.attention_chunk_size))
-        case "MambaSpec":
-            raise UnfitKv(
-                f"layer {name} keeps a state instead of KV (Mamba, linear attention), which cannot be handed off"
-            )
     raise UnfitKv(f"layer {name} keeps its KV as {class_name}, which cannot be handed off")
 
 
