@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from ....bus.messages import FINISH_NONE, KvEvent
 from ....transport.base import HandoffKey
-from ....transport.layout import KvGroup
+from ....transport.layout import KvLayout
 from ...config import WorkerConfig
 from ..base import (
     BadTask,
@@ -87,7 +87,7 @@ class VllmEngine:
         self._unfit = ""
         self._dead: asyncio.Future[EngineDead] | None = None
         self._info: EngineInfo | None = None
-        self._groups = KvGroups((KvGroup(),), (config.block_tokens,))  # Until the engine says so itself.
+        self._layout: KvLayout | None = None
         self._reports_failed_loads = True
         self._stats = _Stats()
         self._ends = _Ends()
@@ -172,7 +172,7 @@ class VllmEngine:
 
     def _describe(self, ready: Ready, description: str) -> EngineInfo:
         config = self._llm.vllm_config
-        self._groups = KvGroups.of(ready.layout)
+        self._layout = ready.layout
         self._reports_failed_loads = config.kv_transfer_config.kv_connector_extra_config[REPORTS_FAILED_LOADS]
         return EngineInfo(
             fingerprint=ready.layout.fingerprint(),
@@ -289,9 +289,19 @@ class VllmEngine:
         return bool(await self._llm.reset_prefix_cache())
 
     @property
+    def _groups(self) -> KvGroups:
+        return KvGroups.of(self.layout)
+
+    @property
     def mark(self) -> str:
         """NAME=value in the environment of each of its processes."""
         return self._identity.mark
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of the KV of this engine, once it has started."""
+        assert self._layout is not None, "start first"
+        return self._layout
 
     @property
     def received(self) -> dict[str, int]:
