@@ -301,7 +301,7 @@ async def uneven(
         yield pair
 
 
-@pytest.mark.parametrize("tokens", (33, 64, 65, 131, 163, 192, 195, 256, 300, 517))
+@pytest.mark.parametrize("tokens", [33, 64, 65, 131, 163, 192, 195, 256, 300, 517])
 async def test_blocks_of_another_size_make_no_difference(uneven: EnginePair, tokens: int) -> None:
     prompt = prompt_of(tokens, 14)
     reference = await uneven.reference(prompt, SAMPLING)
