@@ -168,6 +168,10 @@ CUTS = {
     "some heads": (Extent(1, (3, 1, 7), Cut(0, 24, 1, 2)),),
     "one token of one head": (Extent(2, (6,), Cut(7, 1, 3, 1)),),
     "several layers": (Extent(0, (3, 1), Cut(2, 9, 2, 2)), Extent(1, (0, 2), Cut(1, 10, 0, 1))),
+    "the same of several layers": (
+        *(Extent(0, (3, 1, 7), Cut(6, 15, 1, 2)), Extent(1, (0, 2, 5), Cut(6, 15, 1, 2))),
+        *(Extent(2, (0, 2, 11), Cut(6, 15, 1, 2)), Extent(0, (8, 9, 4), Cut(6, 14, 1, 2))),
+    ),
     "cut and whole": (Extent(0, (4, 2)), Extent(1, (0, 2), Cut(1, 10, 0, 1)), Extent(2, (9,))),
 }
 
@@ -188,6 +192,30 @@ def test_cuts_are_in_canonical_order_and_write_nothing_beside_them(order: str, n
             into[:] = piece
     for layer in range(3):
         assert after[layer].tobytes() == target.before[layer].tobytes()
+
+
+@pytest.mark.parametrize("order", ["HND", "NHD"])
+def test_any_cut_of_any_blocks(order: str) -> None:
+    source, target, random = Rig(make_layout(order), seed=3), Rig(make_layout(order), seed=4), np.random.default_rng(5)
+    for _ in range(25):
+        extents = []
+        for _ in range(random.integers(1, 4)):
+            block_ids = tuple(random.permutation(BLOCKS)[: random.integers(1, 6)].tolist())
+            first_token, first_head = (int(random.integers(end)) for end in (8, 4))
+            tokens = int(random.integers(1, len(block_ids) * 8 - first_token + 1))
+            cut = Cut(first_token, tokens, first_head, int(random.integers(1, 5 - first_head)))
+            extents.append(Extent(int(random.integers(3)), block_ids, cut if random.integers(4) else None))
+        slot, digest = source.gathered(extents)
+        assert contents(slot) == source.message(extents)
+        assert digest == host_digest(contents(slot))
+        target.before = target.host()
+        assert target.scattered(extents, contents(slot)) == digest
+        source.pool.release(slot)
+        after = target.host()
+        for extent in extents:
+            for into, piece in zip(target.pieces(extent), source.pieces(extent), strict=True):
+                into[:] = piece
+        assert [layer.tobytes() for layer in after] == [layer.tobytes() for layer in target.before]
 
 
 def test_the_orders_of_two_pools_meet_in_the_canonical_one() -> None:
@@ -306,6 +334,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for block_ids in ((BLOCKS,), (-1,), ()):
         with pytest.raises(IndexError):
             rig.pool.scatter([Extent(0, block_ids)], slot)
+        with pytest.raises(IndexError):
+            rig.pool.gather([Extent(0, (1,)), Extent(1, block_ids)], slot)
     for cut in (Cut(8, 1, 0, 1), Cut(0, 9, 0, 1), Cut(0, 8, 0, 5), Cut(0, 8, 4, 1), Cut(-1, 1, 0, 1), Cut(0, 0, 0, 1)):
         with pytest.raises(ValueError, match="is not within"):
             rig.pool.gather([Extent(0, (1,), cut)], slot)

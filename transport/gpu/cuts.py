@@ -1,7 +1,7 @@
-"""Extents in canonical order, for a peer with other blocks or ranks: moved by torch, a few kernels an extent.
+"""Extents in canonical order, for a peer with other blocks or ranks: what the kernel needs to know, and a way by torch.
 
-Slower than the kernel of whole blocks (every word is found through an index), and touches exactly the bytes of the cut:
-other tokens and heads of the same blocks may come from another rank.
+The kernel takes parts of whole 16 B. Others (DeepSeek's indexer has 132 B a token) are moved by torch, a few kernels an
+extent. Both touch exactly the bytes of the cut: other tokens and heads of the same blocks may come from another rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..base import Cut
 from ..errors import TransportUnavailable
 from ..layout import KvLayout
+from .kernel import Cutting
 
 try:
     import torch
@@ -48,6 +49,22 @@ class BlockShape(NamedTuple):
         if not (cut.first_head >= 0 and 1 <= cut.heads <= self.heads - cut.first_head):
             raise ValueError(f"{cut} is not within {self.heads} heads")
         return cut.tokens * cut.heads * self.parts * self.part_bytes
+
+    @property
+    def is_for_the_kernel(self) -> bool:
+        """Whether what follows such a cut in a slot is still aligned."""
+        return not self.part_bytes % 16
+
+    def cutting(self, cut: Cut, blocks: int) -> Cutting:
+        """The kernel's arguments for a cut of so many blocks."""
+        part_words = self.part_bytes // 8
+        near, far = (
+            part_words * self.parts,
+            part_words * self.parts * (self.tokens if self.order == "HND" else self.heads),
+        )
+        strides = (far, near) if self.order == "HND" else (near, far)
+        tokens = (self.tokens, cut.first_token, cut.tokens)
+        return Cutting(blocks, self.parts, *tokens, cut.first_head, cut.heads, part_words, *strides)
 
 
 class CutView(NamedTuple):

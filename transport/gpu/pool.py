@@ -17,7 +17,7 @@ from ..stager import Slot
 from .arena import Arena
 from .cuts import BlockShape, cut_view, gather_cut, gather_whole, scatter_cut, scatter_whole
 from .digest import host_digest
-from .kernel import INTERPRETED, Kernels, digest_programs, move_programs
+from .kernel import INTERPRETED, Cutting, Kernels, Where, cut_programs, digest_programs, move_programs
 from .tickets import GpuTicket, Tickets
 
 try:
@@ -87,6 +87,17 @@ class _Layer(NamedTuple):
     address: int
     stride_bytes: int
     block_bytes: int
+
+
+class _Pass:
+    """One launch."""
+
+    __slots__ = ("block_bytes", "blocks", "cutting", "extents", "nbytes", "programs")
+
+    def __init__(self, block_bytes: int, cutting: Cutting | None) -> None:
+        self.block_bytes = block_bytes
+        self.cutting = cutting
+        self.blocks = self.extents = self.nbytes = self.programs = 0
 
 
 class CudaKvPool:
@@ -200,67 +211,78 @@ class CudaKvPool:
             self._device_staging = self._host_staging = None
 
     def _move(
-        self, extents: Sequence[Extent], slot: StagingSlot, stream: torch.cuda.Stream | None, *, is_gather: bool
+        self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
     ) -> GpuTicket:
         if self._is_closed:
             raise TransportError("this KV pool's staging memory is closed")
         self._enter_device()
-        if any(extent.cut is not None for extent in extents):
-            return self._move_cut(extents, slot, stream, is_gather=is_gather)
-        # One launch for neighbouring extents whose blocks are of one size.
-        runs: list[list[int]] = []  # bytes of a block, blocks
-        moves: list[tuple[_Layer, npt.NDArray[np.int64]]] = []
+        passes = self._passes(extents)
+        if passes is None:
+            return self._move_by_torch(extents, slot, stream, is_gather=is_gather)
         nbytes = programs = blocks = 0
-        for extent in extents:
-            layer, ids = self._layers[extent.layer], self._ids(extent.block_ids)
-            count = len(ids)
-            moves.append((layer, ids))
-            if runs and runs[-1][0] == layer.block_bytes:
-                runs[-1][1] += count
-            else:
-                runs.append([layer.block_bytes, count])
-            blocks += count
-            nbytes += count * layer.block_bytes
-            programs += move_programs(layer.block_bytes, count)
+        for item in passes:
+            blocks += item.blocks
+            nbytes += item.nbytes
+            programs += item.programs
         _check_slot(slot, nbytes)
         ticket = self._tickets.take(blocks)
         try:
-            self._launch(slot, ticket, stream, (is_gather, programs, moves, runs))
+            self._fill_table(ticket, extents)
+            slot.ticket = ticket
+            report = self._tickets.report(ticket, programs)
+            handle, table, staged = _handle(stream), self._tickets.table_address(ticket), slot.address
+            for item in passes:
+                where = Where(handle, table, staged, (staged - slot.address) // 8)
+                if item.cutting is None:
+                    self._kernels.move(where, report, item.block_bytes, item.blocks, is_gather=is_gather)
+                else:
+                    self._kernels.move_cut(where, report, item.cutting, item.extents, is_gather=is_gather)
+                table += item.blocks * 8
+                staged += item.nbytes
         except BaseException:
             self._tickets.lose(ticket)
             raise
         return ticket
 
-    def _launch(
-        self,
-        slot: StagingSlot,
-        ticket: GpuTicket,
-        stream: torch.cuda.Stream | None,
-        plan: tuple[bool, int, list[tuple[_Layer, npt.NDArray[np.int64]]], list[list[int]]],
-    ) -> None:
-        is_gather, programs, moves, runs = plan
-        report = self._tickets.report(ticket, programs)
+    def _passes(self, extents: Sequence[Extent]) -> list[_Pass] | None:
+        """One launch for neighbouring extents of one block size, or of one cut. None: torch must do it."""
+        passes: list[_Pass] = []
+        last: _Pass | None = None
+        for extent in extents:
+            layer, count, cutting = self._layers[extent.layer], len(self._ids(extent.block_ids)), None
+            if extent.cut is None:
+                nbytes, programs = count * layer.block_bytes, move_programs(layer.block_bytes, count)
+            else:
+                shape = self._shapes[extent.layer]
+                nbytes = shape.cut_bytes(extent.cut, count)
+                if not shape.is_for_the_kernel:
+                    return None
+                cutting = shape.cutting(extent.cut, count)
+                programs = cut_programs(cutting)
+            if last is None or last.block_bytes != layer.block_bytes or last.cutting != cutting:
+                last = _Pass(layer.block_bytes, cutting)
+                passes.append(last)
+            last.blocks += count
+            last.nbytes += nbytes
+            last.programs += programs
+            last.extents += 1
+        return passes
+
+    def _fill_table(self, ticket: GpuTicket, extents: Sequence[Extent]) -> None:
+        """The address of every block, in order, for the kernels to read."""
         table = self._tickets.table
         at = (ticket.table or 0) // 8
-        for layer, ids in moves:
+        for extent in extents:
+            layer, ids = self._layers[extent.layer], self._ids(extent.block_ids)
             part = table[at : at + len(ids)]
             np.multiply(ids, layer.stride_bytes, out=part)
             part += layer.address
             at += len(ids)
-        address, staged, word = self._tickets.table_address(ticket), slot.address, 0
-        handle: int = stream.cuda_stream if stream is not None else 0
-        slot.ticket = ticket
-        for block_bytes, count in runs:
-            block = (is_gather, block_bytes, word)
-            self._kernels.move(handle, address, count, staged, block=block, report=report)
-            address += count * 8
-            staged += count * block_bytes
-            word += count * block_bytes // 8
 
-    def _move_cut(
-        self, extents: Sequence[Extent], slot: StagingSlot, stream: torch.cuda.Stream | None, *, is_gather: bool
+    def _move_by_torch(
+        self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
     ) -> GpuTicket:
-        """Extents of which some are cut: torch moves all of them, then the kernel reads the slot for the digest."""
+        """A message with cuts that the kernel does not take: torch moves all of it, then a kernel reads the slot."""
         sizes = [self._extent_bytes(extent) for extent in extents]
         _check_slot(slot, sum(sizes))
         with torch.cuda.stream(stream):  # None changes nothing.
@@ -270,9 +292,9 @@ class CudaKvPool:
                 offset += nbytes
         ticket = self._tickets.take(0)
         try:
-            handle: int = stream.cuda_stream if stream is not None else 0
             slot.ticket = ticket
-            self._kernels.digest(handle, slot.address, offset, self._tickets.report(ticket, digest_programs(offset)))
+            report = self._tickets.report(ticket, digest_programs(offset))
+            self._kernels.digest(_handle(stream), slot.address, offset, report)
         except BaseException:
             self._tickets.lose(ticket)
             raise
@@ -359,6 +381,10 @@ def _own(slot: Slot) -> StagingSlot:
     if not isinstance(slot, StagingSlot):
         raise TypeError(f"{type(slot).__name__} is not a slot of this pool")
     return slot
+
+
+def _handle(stream: object | None) -> int:
+    return stream.cuda_stream if isinstance(stream, torch.cuda.Stream) else 0
 
 
 def _check_slot(slot: StagingSlot, nbytes: int) -> None:
