@@ -68,6 +68,10 @@ def mover_for(pool: KvPool, staging_bytes: int) -> Mover:
     if isinstance(pool, HostKvPool):
         return HostMover(pool, staging_bytes)
     assert isinstance(pool, DevicePool), f"nothing moves a {type(pool).__name__}"
+    if pool.message_bytes_max < _DEVICE_SIZES.bytes_max:
+        raise ValueError(
+            f"{pool.staging_bytes} B of staging memory are less than a message, {_DEVICE_SIZES.bytes_max} B"
+        )
     return StagedMover(pool)
 
 

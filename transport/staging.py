@@ -282,6 +282,10 @@ class HostStager:
         self._lock = Lock()
 
     @property
+    def message_bytes_max(self) -> int:
+        return self._staging_bytes // 2
+
+    @property
     def staging_bytes(self) -> int:
         return self._staging_bytes
 
