@@ -53,6 +53,9 @@ class Stager(Protocol):
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> Ticket:
         """Copy the slot's bytes into these blocks. They are written before the digest is known: publish them only after."""
 
+    def bind_thread(self) -> None:
+        """The calling thread makes links for this memory: choose its device."""
+
     def fence(self) -> None:
         """What the current stream was given so far comes before later gathers. On the thread that drives that stream."""
 

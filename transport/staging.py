@@ -58,6 +58,7 @@ class StagedMover:
 
     def __init__(self, stager: Stager) -> None:
         self._stager = stager
+        stager.bind_thread()
         self._loop = asyncio.get_running_loop()
         self._lock = Lock()
         self._plans: dict[HandoffKey, list[_Ahead]] = {}
@@ -309,6 +310,9 @@ class HostStager:
         assert isinstance(slot, HostSlot)
         self._pool.unpack(extents, slot.buffer)
         return _Moved(digest_of([slot.buffer]))
+
+    def bind_thread(self) -> None:
+        pass
 
     def fence(self) -> None:
         pass

@@ -108,10 +108,18 @@ class CudaKvPool:
     memory are taken at once; as many of pinned host memory when a slot is first asked for there.
     """
 
-    def __init__(self, layout: KvLayout, layers: Sequence[torch.Tensor], staging_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        layers: Sequence[torch.Tensor],
+        staging_bytes: int,
+        *,
+        verifies_blocks: bool = False,
+    ) -> None:
         if layout.digest != "weighted":
             raise ValueError(f'a KV pool in GPU memory computes the digest "weighted", not {layout.digest!r}')
         self._layout = layout
+        self._verifies_blocks = verifies_blocks
         self._layers = _checked(layout, layers)
         self._shapes = [BlockShape.of(layout, layer) for layer in range(len(layers))]
         self._blocks = len(layers[0])
@@ -191,8 +199,18 @@ class CudaKvPool:
         return self._move(extents, _own(slot), stream, is_gather=True)
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:
-        """Copy the slot's bytes into these blocks, on a stream of its own."""
-        return self._move(extents, _own(slot), self._scatters, is_gather=False)
+        """Copy the slot's bytes into these blocks, on a stream of its own.
+
+        With `verifies_blocks` the digest is that of the blocks, read back.
+        """
+        ticket = self._move(extents, _own(slot), self._scatters, is_gather=False)
+        if self._verifies_blocks:
+            ticket = self._move(extents, _own(slot), self._scatters, is_gather=True)
+        return ticket
+
+    def bind_thread(self) -> None:
+        """The calling thread's current device becomes this pool's: UCX opens its CUDA transports there."""
+        self._enter_device()
 
     def fence(self) -> None:
         """Later gathers wait for what the current stream was given so far (an event is recorded: 1-2 us)."""
