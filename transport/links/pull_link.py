@@ -226,19 +226,19 @@ class PullLink:
             if offer.nbytes > receive.place.nbytes:
                 self._lose(LinkLost(f"{self.peer} sent {offer.nbytes} B for a receive of {receive.place.nbytes} B"))
                 return
-            del self._matched[tag]
             buffers = receive.place.take()
             if buffers is None:
-                self._held[tag] = (receive, offer)
+                self._held[tag] = self._matched.pop(tag)
             else:
                 self._pull(receive, offer, buffers)
 
     def _pull(self, receive: _Receive, offer: _Offer, buffers: Sequence[Buffer]) -> None:
+        pull = self._mover.pull(offer.words, offer.nbytes, buffers) if offer.nbytes else None
+        del self._matched[receive.tag]
         self._pulling[receive.tag] = receive
-        if not offer.nbytes:
+        if pull is None:
             self._loop.call_soon(self._end, receive, offer, None)
             return
-        pull = self._mover.pull(offer.words, offer.nbytes, buffers)
         hosts: list[HostBuffer] = [buffer for buffer in buffers if not isinstance(buffer, DeviceBuffer)]
         digested = Cursor(hosts) if self.makes_digests and len(hosts) == len(buffers) else None
         self._threads.submit(self._lane, pull, lambda job: self._end(receive, offer, job), digested)
