@@ -8,17 +8,19 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import pytest_asyncio
+import xxhash
 from transport_rig import until
 
 from hocket.transport import Link, LinkLost
 from hocket.transport.base import Place
 from hocket.transport.links.cma import HELLO, MAGIC, VERDICT_BYTES, CmaTransport, boot_id
+from hocket.transport.links.pull_link import PullLink
 
 SETRESUID = 117  # on x86-64
 FRAME = struct.Struct("<BxxxIQQ")
@@ -173,7 +175,6 @@ def offer(tag: int, nbytes: int, *ranges: tuple[int, int]) -> bytes:
 
 SOURCE = np.full(1 << 16, 7, np.uint8)
 AT = SOURCE.ctypes.data
-Frames = Callable[[], list[bytes]]
 
 
 @pytest.mark.parametrize(
@@ -227,22 +228,87 @@ async def test_more_offers_than_anybody_expects_cost_the_link(listening: Listeni
     peer.socket.close()
 
 
-async def test_a_message_in_many_small_pieces_of_memory_arrives(listening: Listening) -> None:
-    """More ranges than one system call takes, cut differently on both sides."""
+@dataclass
+class Joined:
+    """A link to this process, both ends."""
+
+    near: PullLink
+    far: PullLink
+
+
+@pytest_asyncio.fixture
+async def join(listening: Listening) -> AsyncIterator[Callable[[], Awaitable[Joined]]]:
     dialler = CmaTransport()
     await dialler.start()
-    near = await dialler.connect(listening.address, timeout_s=5.0)
-    near.start(lambda _: None, lambda _: None)
-    await until(lambda: listening.links)
+
+    async def connect() -> Joined:
+        count = len(listening.links)
+        near = await dialler.connect(listening.address, timeout_s=5.0)
+        near.start(lambda _: None, lambda _: None)
+        await until(lambda: len(listening.links) > count)
+        far = listening.links[count]
+        assert isinstance(far, PullLink)
+        return Joined(near, far)
+
+    yield connect
+    await dialler.aclose()
+
+
+Join = Callable[[], Awaitable[Joined]]
+
+
+@pytest.mark.parametrize("pattern", [[100], [1 << 20], [9 << 20], [1 << 14] * 700, [4097] * 1500])
+async def test_the_digest_is_of_the_bytes_that_arrived(join: Join, pattern: list[int]) -> None:
+    joined = await join()
+    joined.far.makes_digests = True
+    source = np.random.default_rng(3).integers(0, 256, sum(pattern), np.uint8)
+    pool = np.zeros(2 * sum(pattern), np.uint8)
+    starts = np.cumsum([0, *pattern[:-1]]).tolist()
+    target = [pool[2 * start : 2 * start + length] for start, length in zip(starts, pattern, strict=True)]
+    found: list[int | None] = []
+    joined.far.post_receive(1, Place.of(target), lambda _: found.append(joined.far.received_digest(1)))
+    joined.near.post_send(1, [source], lambda _: None)
+    await until(lambda: found)
+    assert found == [xxhash.xxh3_64_intdigest(source)]
+    assert np.concatenate(target).tobytes() == source.tobytes()
+    assert joined.far.received_digest(1) is None, "it is there for `done` alone"
+
+
+async def test_a_link_with_much_to_read_leaves_the_others_their_turn(join: Join) -> None:
+    busy, other = await join(), await join()
+    source, order = np.full(16 << 20, 7, np.uint8), []
+    targets = np.zeros((8, 16 << 20), np.uint8)
+    for tag in range(8):
+        busy.far.post_receive(tag, Place.of([targets[tag]]), lambda _: order.append("busy"))
+        busy.near.post_send(tag, [source], lambda _: None)
+    other.far.post_receive(1, Place.of([np.zeros(8 << 20, np.uint8)]), lambda _: order.append("other"))
+    other.near.post_send(1, [source[: 8 << 20]], lambda _: None)
+    await until(lambda: len(order) == 9)
+    assert order[-1] == "busy"
+    assert (targets == 7).all()
+
+
+async def test_a_closed_transport_leaves_no_thread(join: Join, listening: Listening) -> None:
+    joined = await join()
+    done: list[object] = []
+    joined.far.post_receive(1, Place.of([np.zeros(8 << 20, np.uint8)]), done.append)
+    joined.near.post_send(1, [np.ones(8 << 20, np.uint8)], lambda _: None)
+    await until(lambda: done)
+    assert any(thread.name.startswith("cma") for thread in threading.enumerate())
+    await listening.transport.aclose()
+    assert not any(thread.name.startswith("cma") for thread in threading.enumerate())
+
+
+async def test_a_message_in_many_small_pieces_of_memory_arrives(join: Join) -> None:
+    """More ranges than one system call takes, cut differently on both sides."""
+    joined = await join()
     source = np.random.default_rng(5).integers(0, 256, 9000, np.uint8)
     pool, done = np.zeros(9000 + 1800, np.uint8), []
     target = [pool[start : start + 5] for start in range(0, len(pool), 6)]
-    listening.links[0].post_receive(1, Place.of(target), done.append)
-    near.post_send(1, [source[at : at + 3] for at in range(0, 6000, 3)][::-1] + [source[6000:]], done.append)
+    joined.far.post_receive(1, Place.of(target), done.append)
+    joined.near.post_send(1, [source[at : at + 3] for at in range(0, 6000, 3)][::-1] + [source[6000:]], done.append)
     await until(lambda: len(done) == 2)
     assert done == [None, None]
     expected = np.concatenate([source[:6000].reshape(-1, 3)[::-1].reshape(-1), source[6000:]])
     assert np.concatenate(target).tobytes() == expected.tobytes()
     assert not pool[5::6].any()
-    await near.abort()
-    await dialler.aclose()

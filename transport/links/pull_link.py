@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..base import Buffer, ControlHandler, DeviceBuffer, Done, HostBuffer, LostHandler, Place
+from ..base import Buffer, ControlHandler, Done, LostHandler, Place
 from ..errors import LinkLost, TransportError
 from ..frames import FRAME_BYTES_MAX
-from .cursor import Cursor
+from .cursor import Cursor, host_buffers
 from .pulls import Job, Lane, Pull, PullThreads
 from .tcp import TcpLink
 
@@ -111,7 +111,7 @@ class PullLink:
     def received_digest(self, tag: int) -> int | None:
         """xxh3-64 of the message, made piece by piece while it arrived; only within its `done`, if `makes_digests`.
 
-        None where there is none: device memory, an empty message.
+        None where there is none: an empty message.
         """
         return self._digest[1] if self._digest and self._digest[0] == tag else None
 
@@ -239,8 +239,7 @@ class PullLink:
         if pull is None:
             self._loop.call_soon(self._end, receive, offer, None)
             return
-        hosts: list[HostBuffer] = [buffer for buffer in buffers if not isinstance(buffer, DeviceBuffer)]
-        digested = Cursor(hosts) if self.makes_digests and len(hosts) == len(buffers) else None
+        digested = Cursor(host_buffers(buffers)) if self.makes_digests else None
         self._threads.submit(self._lane, pull, lambda job: self._end(receive, offer, job), digested)
 
     def _end(self, receive: _Receive, offer: _Offer, job: Job | None) -> None:

@@ -18,7 +18,6 @@ import xxhash
 from .cursor import Cursor
 
 THREADS_MAX = 4
-SHORT_PAUSE_S, LONG_PAUSE_S = 20e-6, 1e-3  # between two looks at transfers that somebody else carries out
 
 
 class Pull(Protocol):
@@ -32,7 +31,7 @@ class Pull(Protocol):
         """Whether one step of less than 0.2 ms is all of it: cheaper on the loop than with a thread."""
 
     def step(self) -> int:
-        """Move the next piece, in the order of the message: the bytes that have come, 0 when they are not here yet.
+        """Move the next piece, in the order of the message, and say how many bytes that were.
 
         Raises OSError when the rest will not come, ValueError when it is not what was announced.
         """
@@ -114,7 +113,9 @@ class PullThreads:
             for thread in self._threads:
                 thread.start()
         with self._changed:
-            self._put(job)
+            if not lane.jobs:
+                self._lanes.append(lane)
+            lane.jobs.append(job)
             self._changed.notify()
 
     def drop(self, lane: Lane) -> None:
@@ -130,17 +131,13 @@ class PullThreads:
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
 
-    def _put(self, job: Job, *, is_next: bool = False) -> None:
-        lane = job.lane
-        if not lane.jobs:
-            self._lanes.append(lane)
-        if is_next:
-            lane.jobs.appendleft(job)
-        else:
-            lane.jobs.append(job)
+    def _put_back(self, job: Job) -> None:
+        """The other links have their turn first, the other messages of its link do not."""
+        if not job.lane.jobs:
+            self._lanes.append(job.lane)
+        job.lane.jobs.appendleft(job)
 
     def _run(self) -> None:
-        pause_s = SHORT_PAUSE_S
         while (job := self._next()) is not None:
             moved_bytes = job.run()
             with self._changed:
@@ -149,13 +146,8 @@ class PullThreads:
                     self._ended.append(job)
                     if len(self._ended) == 1:
                         self._loop.call_soon_threadsafe(self._tell)
-                    continue
-                self._put(job, is_next=moved_bytes > 0)
-                if moved_bytes:
-                    pause_s = SHORT_PAUSE_S
                 else:
-                    self._changed.wait(pause_s)
-                    pause_s = min(2 * pause_s, LONG_PAUSE_S)
+                    self._put_back(job)
 
     def _next(self) -> Job | None:
         with self._changed:
