@@ -9,12 +9,13 @@ import asyncio
 import sys
 
 import numpy as np
+from transport_rig import make_transport
 
-from hocket.transport import LinkLost, open_transports
+from hocket.transport import LinkLost
 
 
 async def main(address: str, messages: int, buffers: int, buffer_bytes: int) -> None:
-    (transport,) = open_transports(address.partition("://")[0])
+    transport = make_transport(address.partition("://")[0])
     await transport.start()
     link = await transport.connect(address, timeout_s=5.0)
     lost = asyncio.Event()

@@ -21,7 +21,7 @@ from hocket.transport import Link, LinkLost
 from hocket.transport.base import Place
 
 CHILD = Path(__file__).parent / "link_child.py"
-SCHEMES = ["tcp", "ucx"]
+SCHEMES = ["tcp", "ucx", "cma"]
 
 
 @dataclass
@@ -33,12 +33,19 @@ class Receiving:
     rows: npt.NDArray[np.uint8]
     done: list[BaseException | None] = field(default_factory=list)
     lost_at: float = 0.0
-    stop_after: int | None = None  # stop the child when so many messages are done; later would be too late
+    act_after: int | None = None  # act when so many messages are done; later would be too late
+    act: Callable[[], object] | None = None
+    acted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def on_done(self, error: BaseException | None) -> None:
         self.done.append(error)
-        if len(self.done) == self.stop_after:
-            os.kill(self.child.pid, signal.SIGSTOP)
+        if len(self.done) == self.act_after:
+            if self.act:
+                self.act()
+            self.acted.set()
+
+    def stop_child(self) -> None:
+        os.kill(self.child.pid, signal.SIGSTOP)
 
 
 Receive = Callable[..., Awaitable[Receiving]]
@@ -49,7 +56,13 @@ async def receive() -> AsyncIterator[Receive]:
     cleanups: list[Callable[[], Awaitable[None]]] = []
 
     async def begin(
-        scheme: str, messages: int, buffers: int, buffer_bytes: int, *, stop_after: int | None = None
+        scheme: str,
+        messages: int,
+        buffers: int,
+        buffer_bytes: int,
+        *,
+        act_after: int | None = None,
+        stops: bool = False,
     ) -> Receiving:
         transport = make_transport(scheme)
         await transport.start()
@@ -79,7 +92,8 @@ async def receive() -> AsyncIterator[Receive]:
 
         cleanups.append(cleanup)
         await until(lambda: controls)
-        receiving = Receiving(links[0], child, rows, stop_after=stop_after)
+        receiving = Receiving(links[0], child, rows, act_after=act_after)
+        receiving.act = receiving.stop_child if stops else None
         state.append(receiving)
         for tag in range(messages):
             links[0].post_receive(tag, Place.of(list(rows[tag, ::2])), receiving.on_done)
@@ -123,9 +137,9 @@ async def test_a_killed_peer_is_noticed_within_half_a_second(receive: Receive, s
 async def test_a_stopped_sender_writes_nothing_after_the_abort(
     receive: Receive, scheme: str, messages: int, buffers: int, buffer_bytes: int
 ) -> None:
-    stop_after = messages // 20
-    receiving = await receive(scheme, messages, buffers, buffer_bytes, stop_after=stop_after)
-    await until(lambda: len(receiving.done) >= stop_after)
+    receiving = await receive(scheme, messages, buffers, buffer_bytes, act_after=messages // 20, stops=True)
+    async with asyncio.timeout(20.0):
+        await receiving.acted.wait()
     before = len(receiving.done)
     async with asyncio.timeout(5.0):
         await receiving.link.abort()
@@ -140,3 +154,26 @@ async def test_a_stopped_sender_writes_nothing_after_the_abort(
     assert line.split()[0] == b"lost"
     assert int(line.split()[1]) == messages, "every send of the other side has ended too"
     assert not receiving.rows.any(), "bytes were written after the abort"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_buffers_that_are_used_again_after_an_abort_stay_as_they_are(receive: Receive, scheme: str) -> None:
+    receiving = await receive(scheme, 40, 4, 1 << 20, act_after=3)
+    async with asyncio.timeout(20.0):
+        await receiving.acted.wait()
+        await receiving.link.abort()
+    assert len(receiving.done) == 40
+    assert any(isinstance(error, LinkLost) for error in receiving.done), "the sender was too fast to be caught"
+    receiving.rows[:] = 0
+    assert receiving.child.stdout is not None
+    async with asyncio.timeout(10.0):
+        line = await receiving.child.stdout.readline()
+    assert line.split() == [b"lost", b"40"]
+    assert not receiving.rows.any(), "bytes were written after the abort"
+
+
+async def test_what_a_stopped_process_has_offered_can_still_be_read(receive: Receive) -> None:
+    receiving = await receive("cma", 16, 20, 128 << 10, act_after=1, stops=True)
+    await until(lambda: len(receiving.done) == 16)
+    assert receiving.done == [None] * 16
+    assert (receiving.rows[:, ::2] == 7).all()

@@ -27,6 +27,7 @@ from hocket.transport import (
     SendReleased,
     Transport,
 )
+from hocket.transport.links.cma import CmaTransport
 from hocket.transport.links.inproc import InprocTransport
 from hocket.transport.links.tcp import TcpTransport
 
@@ -42,7 +43,7 @@ def make_transport(scheme: str) -> Transport:
         pytest.importorskip("ucxx")
         transport: Transport = ucx.UcxTransport()
         return transport
-    return {"inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
+    return {"cma": CmaTransport, "inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
 
 
 def make_layout(

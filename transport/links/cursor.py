@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 
 from ..base import Buffer, DeviceBuffer, HostBuffer
+
+_BYTE = ctypes.c_ubyte
 
 
 def host_buffers(buffers: Sequence[Buffer]) -> list[HostBuffer]:
@@ -13,6 +16,17 @@ def host_buffers(buffers: Sequence[Buffer]) -> list[HostBuffer]:
     if len(hosts) < len(buffers):
         raise TypeError("this link moves no device memory; see `Link.moves_device_memory`")
     return hosts
+
+
+def address_of(buffer: Buffer) -> int:
+    """Where it lies, in host or device memory."""
+    if isinstance(buffer, DeviceBuffer):
+        return buffer.address
+    try:
+        return ctypes.addressof(_BYTE.from_buffer(buffer.data))
+    except (TypeError, ValueError):  # Read-only or empty: numpy's own way is 5 times slower.
+        address: int = buffer.__array_interface__["data"][0]
+        return address
 
 
 class Cursor:
@@ -38,6 +52,12 @@ class Cursor:
             offset = 0
             if not bytes_max:
                 break
+        return views
+
+    def take(self, moved_bytes: int) -> list[memoryview]:
+        """The next so many bytes, behind which the cursor then is."""
+        views = self.views(moved_bytes, len(self._views)) if moved_bytes else []
+        self.advance(moved_bytes)
         return views
 
     def advance(self, moved_bytes: int) -> None:

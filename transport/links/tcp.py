@@ -59,8 +59,9 @@ class _Receive:
 class TcpLink:
     """One connected socket."""
 
-    def __init__(self, connection: socket.socket, peer: str) -> None:
+    def __init__(self, connection: socket.socket, peer: str, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
         self._loop = asyncio.get_running_loop()
+        self._frame_bytes_max = frame_bytes_max
         self._socket = connection
         self._peer = peer
         self._error: LinkLost | None = None
@@ -104,8 +105,8 @@ class TcpLink:
         return self._bytes_received
 
     def send_control(self, payload: bytes) -> None:
-        if len(payload) > FRAME_BYTES_MAX:
-            raise ValueError(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
+        if len(payload) > self._frame_bytes_max:
+            raise ValueError(f"control frame of {len(payload)} B; at most {self._frame_bytes_max}")
         self._check_alive()
         self._controls.append(_HEADER.pack(_CONTROL, len(payload), 0, len(payload)) + payload)
         self._kick()
@@ -134,11 +135,14 @@ class TcpLink:
             self._loop.add_reader(self._socket, self._read)
 
     async def abort(self) -> None:
-        if (
-            self._error is None
-        ):  # Reset: the end of the stream would wait behind what a peer without room does not read.
+        self.drop(LinkLost(f"{self._peer} was aborted here"))
+
+    def drop(self, error: LinkLost) -> None:
+        """What `abort` does, at once and for this reason."""
+        if self._error is None:
+            # Reset, or the end of the stream waits behind what a peer without room does not read.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self._lose(LinkLost(f"{self._peer} was aborted here"))
+        self._lose(error)
 
     async def aclose(self) -> None:
         try:
@@ -217,7 +221,7 @@ class TcpLink:
             self._on_header(*_HEADER.unpack(self._header))
 
     def _on_header(self, kind: int, segment_bytes: int, tag: int, message_bytes: int) -> None:
-        if kind == _CONTROL and 0 < segment_bytes <= FRAME_BYTES_MAX:
+        if kind == _CONTROL and 0 < segment_bytes <= self._frame_bytes_max:
             self._frame = bytearray(segment_bytes)
         elif kind == _MESSAGE and segment_bytes <= SEGMENT_BYTES and (segment_bytes or not message_bytes):
             self._segment_left = segment_bytes

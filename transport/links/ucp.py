@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..base import Buffer, DeviceBuffer
+from ..base import Buffer
+from .cursor import address_of
 
 _FIELD_CALLBACK, _FIELD_USER_DATA, _FIELD_DATATYPE = 1 << 1, 1 << 2, 1 << 3
 _NO_IMMEDIATE_COMPLETION = 1 << 16
@@ -107,14 +108,6 @@ class Arrived:
     message: int
     tag: int
     length_bytes: int
-
-
-def address_of(buffer: Buffer) -> int:
-    """Where it lies, in host or device memory."""
-    if isinstance(buffer, DeviceBuffer):
-        return buffer.address
-    address: int = buffer.__array_interface__["data"][0]
-    return address
 
 
 def _receive_param(number: int, datatype: int) -> _RequestParam:
@@ -228,7 +221,7 @@ class Ucp:
         if len(views) > 1:
             # struct ucp_dt_iov {void *buffer; size_t length}; UCX reads it until the operation ends.
             iov = np.array([addresses, [view.nbytes for view in views]], np.uint64).T.copy()
-            layout = (iov.__array_interface__["data"][0], len(views), _IOV)
+            layout: tuple[int | None, int, int] = (iov.ctypes.data, len(views), _IOV)
             operation = Operation(completed, keep=(views, iov))
         else:
             layout = (addresses[0], views[0].nbytes, _CONTIGUOUS) if views else (None, 0, _CONTIGUOUS)
