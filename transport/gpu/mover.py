@@ -89,7 +89,7 @@ class Mover:
         for item in passes:
             ids = queue.ring.find(item.shared_ids) if queue.ring is not None else None
             if ids is None:
-                ids = self._place(item, words, queue)
+                ids = self._list(item, words, queue)
                 words += item.list_words
             if item.shared_ids is not None:
                 listed = Listed(ids, self._place_of(item.layer), item.layer_step * _LAYER_BYTES, 0)
@@ -106,17 +106,16 @@ class Mover:
     def _place_of(self, layer: int) -> int:
         return self._places_at + layer * _LAYER_BYTES
 
-    def _place(self, item: Pass, word: int, queue: _Queue) -> int:
-        """Write a list into the ticket's part of the table, from `word` on, and queue its way to the device."""
+    def _list(self, item: Pass, word: int, queue: _Queue) -> int:
+        """Write a list into the ticket's part of the table, from `word` on; where the kernel reads it."""
         first = queue.ticket.first_word + word
         item.fill(self.tickets.table[first : first + item.list_words], self._layers, self._ids)
         pinned = self.tickets.table_address(first)
-        if queue.ring is None:
-            return pinned
+        if queue.ring is None or item.shared_ids is None:
+            return pinned  # Nobody will ask for these addresses again.
         address = queue.ring.room(item.list_words)
         self._kernels.fetch(queue.stream, pinned, address, item.list_words)
-        if item.shared_ids is not None:
-            queue.ring.keep(item.shared_ids, address)
+        queue.ring.keep(item.shared_ids, address)
         return address
 
     def _move_by_torch(
@@ -166,7 +165,12 @@ class Mover:
 
 
 def _handle(stream: object | None) -> int:
-    return stream.cuda_stream if isinstance(stream, torch.cuda.Stream) else 0
+    if stream is None:
+        return 0
+    if not isinstance(stream, torch.cuda.Stream):
+        raise TypeError(f"a {type(stream).__name__} is not a torch.cuda.Stream")
+    handle: int = stream.cuda_stream
+    return handle
 
 
 def _check_slot(slot: StagingSlot, nbytes: int) -> None:

@@ -39,8 +39,8 @@ class Layer(NamedTuple):
 class Pass:
     """One launch: neighbouring extents of one block size, or of one cut.
 
-    When they are the same blocks of layers that lie evenly apart (all of a chunk's, or those of one group), the kernel
-    needs one list of block ids, which often is on the device already. Otherwise it needs the address of every block.
+    When they are the same blocks (one tuple) of layers that are evenly apart (all of a chunk's, or those of one group), the
+    kernel needs one list of block ids, which often is on the device already. Else it needs the address of every block.
     """
 
     __slots__ = (

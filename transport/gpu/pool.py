@@ -81,7 +81,7 @@ class CudaKvPool:
         return self._message_bytes_max
 
     def reserve(self, nbytes: int, *, on_device: bool) -> StagingSlot | None:
-        """A slot, or None when there is no room now. The first one in host memory pins it (about 50 ms)."""
+        """A slot, or None when there is no room now. The first one in host memory pins it (tens of milliseconds)."""
         if not 1 <= nbytes <= self._message_bytes_max:
             raise ValueError(f"a slot of {nbytes} B; messages have 1 to {self._message_bytes_max}")
         staging = self._device_staging if on_device else self._pinned_staging()
@@ -96,6 +96,9 @@ class CudaKvPool:
     def release(self, slot: Slot) -> None:
         """Give a slot back; while a kernel uses it, it waits for that. Raises ValueError the second time."""
         own = _own(slot)
+        if own.is_released:
+            raise ValueError(f"a slot of {own.buffer.nbytes} B was given back before")
+        own.is_released = True
         if own.is_in_use:
             with self._lock:
                 self._parked.append(own)
@@ -119,7 +122,7 @@ class CudaKvPool:
         return self._mover.move(extents, _own(slot), self._scatters, is_gather=False)
 
     def fence(self) -> None:
-        """Later gathers wait for what the current stream was given so far (an event is recorded: 1-2 us)."""
+        """Later gathers wait for what the current stream was given so far (an event is recorded: 4 us)."""
         if self._fence is not None:
             self._fence.record(torch.cuda.current_stream(self._device))
             self._fences += 1

@@ -19,7 +19,7 @@ except ImportError as error:
 class StagingSlot:
     """Staging memory for one message. `view` is the same bytes as a torch tensor (uint8), pinned when on the host."""
 
-    __slots__ = ("_address", "buffer", "offset", "staging", "ticket", "view")
+    __slots__ = ("_address", "buffer", "is_released", "offset", "staging", "ticket", "view")
 
     def __init__(self, staging: Staging, offset: int, nbytes: int) -> None:
         self.staging = staging
@@ -32,6 +32,7 @@ class StagingSlot:
             else staging.array[offset : offset + nbytes]
         )
         self.ticket: GpuTicket | None = None  # the last gather or scatter
+        self.is_released = False
 
     @property
     def address(self) -> int:
@@ -51,7 +52,6 @@ class Staging:
         self.on_device = on_device
         self.arena = Arena(nbytes)
         is_cuda = device.type == "cuda"
-        # A multiple of 16 B is read at once; the arena's alignment is the memory's own.
         if on_device:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         else:
