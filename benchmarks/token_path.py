@@ -163,7 +163,7 @@ class Bench:
                 made = answer_tokens(token_ids, load.max_tokens)
             else:
                 sampling = SamplingParams(max_tokens=load.max_tokens, temperature=0.0)
-                made = expected_tokens(token_ids, sampling, layers=SIM_LAYERS, vocabulary=self._vocabulary)
+                made = expected_tokens(token_ids, sampling, planes=SIM_LAYERS, vocabulary=self._vocabulary)
             # A character that the last token leaves unfinished is shown by one side and not by the other.
             if text.rstrip("\ufffd") != (wanted := self._text.decode(made)).rstrip("\ufffd"):
                 raise RuntimeError(f"{case.name}: wrong answer to prompt {number}: {text[:80]!r}, not {wanted[:80]!r}")

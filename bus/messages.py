@@ -17,6 +17,7 @@ from .ids import HandoffToken, RequestId, RouterId, WorkerId
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Ranks = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
 PROTOCOL_VERSION = 1
 """Grows by one when an older peer could misread what a newer one sends."""
@@ -81,6 +82,7 @@ class WorkerCard(_Message, frozen=True, tag="worker_card"):
     engine: str = ""
     protocol_version: int = PROTOCOL_VERSION
     can_prefill_locally: bool = True  # decode only: computes a prompt itself when told so
+    tp_size: Ranks = 1  # that the KV lies in; `handoff_addresses` are those of each rank in turn, equally many
 
 
 class Heartbeat(_Message, frozen=True, tag="heartbeat"):
@@ -121,6 +123,7 @@ class DecodeJob(_Message, frozen=True, tag="decode_job"):
     handoff_token: HandoffToken | None = None  # None: compute the prompt locally
     fingerprint: str = ""  # of the worker the router chose; refused when it is not this worker's
     epoch: int = 0  # of the incarnation the router chose; refused when it is not this one
+    prefill_ranks: Ranks = 1  # tensor-parallel ranks of the prefill workers, each of which may send KV
 
 
 class Admitted(_Message, frozen=True, tag="admitted"):
@@ -157,6 +160,9 @@ class PrefillJob(_Message, frozen=True, tag="prefill_job"):
     decode_addresses: tuple[str, ...]
     fingerprint: str
     deadline_unix_s: float  # past it the client has gone: drop the job
+    decode_ranks: Ranks = 1  # that `decode_addresses` are of, each in turn
+    prefill_ranks: Ranks = 1  # what the decode worker was told; a prefill worker with others must leave the job
+    decode_block_tokens: Count = 0  # of the decode worker's card; 0: unknown
 
 
 class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):

@@ -63,6 +63,7 @@ class Dispatch:
             handoff_token=ask.token,
             fingerprint=member.card.fingerprint,
             epoch=member.card.epoch,
+            prefill_ranks=ask.prefill_ranks,
         )
         subject = subjects.decode_jobs(self._pool, ask.worker)
         try:
@@ -100,7 +101,10 @@ class Dispatch:
             decode_epoch=member.card.epoch,
             decode_addresses=member.card.handoff_addresses,
             fingerprint=member.card.fingerprint,
+            decode_block_tokens=member.card.block_tokens,
             deadline_unix_s=self._wall_clock() + time_left_s,
+            decode_ranks=member.card.tp_size,
+            prefill_ranks=publish.prefill_ranks,
         )
         payload = encode(job)
         try:
@@ -114,7 +118,7 @@ class Dispatch:
             return machine.not_published(publish.attempt, Overloaded("the prefill queue is full", retry_after_s=1.0))
         except (BusDisconnected, BusError) as error:
             log.warning("work queue away: %s", error, extra={"request_id": generation.request_id})
-            if await self._send_directly(payload, member.card.fingerprint):
+            if await self._send_directly(payload, job):
                 self._metrics.queue_fallbacks.labels("direct").inc()
                 return machine.published(publish.attempt, None)
             self._metrics.queue_fallbacks.labels("local").inc()
@@ -128,9 +132,11 @@ class Dispatch:
         except BusError as error:
             log.info("job not deleted: %s", error)
 
-    async def _send_directly(self, payload: bytes, fingerprint: str) -> bool:
+    async def _send_directly(self, payload: bytes, job: PrefillJob) -> bool:
         members = [
-            m for m in self._membership.view.members("prefill") if m.can_take_work and m.card.fingerprint == fingerprint
+            m
+            for m in self._membership.view.members("prefill")
+            if m.can_take_work and (m.card.fingerprint, m.card.tp_size) == (job.fingerprint, job.prefill_ranks)
         ]
         for member in sorted(members, key=lambda m: (m.heartbeat.running + m.heartbeat.waiting, m.card.worker_id)):
             subject = subjects.prefill_direct(self._pool, member.card.worker_id)

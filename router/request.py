@@ -47,6 +47,7 @@ class AskDecode:
     worker: WorkerId
     attempt: int
     token: HandoffToken | None
+    prefill_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class PublishPrefill:
     worker: WorkerId
     attempt: int
     token: HandoffToken
+    prefill_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class RequestMachine:
 
     __slots__ = (
         "_ack_subject",
+        "_attempt_ranks",
         "_attempt_token",
         "_excluded",
         "_is_prefill_open",
@@ -177,6 +180,7 @@ class RequestMachine:
         self.has_token = False
         self._why = ""
         self._attempt_token: HandoffToken | None = None
+        self._attempt_ranks = 1
         self._is_reported = False
         self._losses = 0
         self._excluded: set[WorkerId] = set()
@@ -193,16 +197,19 @@ class RequestMachine:
         """The first event."""
         return [Pick(frozenset())]
 
-    def picked(self, worker: WorkerId, plan: Plan, why: str, token: HandoffToken) -> list[Instruction]:
-        """The policy chose; `token` is fresh and used when the plan is remote."""
+    def picked(
+        self, worker: WorkerId, plan: Plan, why: str, token: HandoffToken, *, prefill_ranks: int = 1
+    ) -> list[Instruction]:
+        """The policy chose; `token` is fresh and used when the plan is remote, from prefill workers of so many ranks."""
         if self.phase is not Phase.PICKING:
             return []
         self.phase = Phase.ADMITTING
         self.attempt += 1
         self.worker, self.plan, self._why = worker, plan, why
         self._attempt_token = token if plan == "remote" else None
+        self._attempt_ranks = prefill_ranks
         rebind: list[Instruction] = [Rebind(self.attempt)] if self.attempt else []
-        return [*rebind, Assign(worker), AskDecode(worker, self.attempt, self._attempt_token)]
+        return [*rebind, Assign(worker), AskDecode(worker, self.attempt, self._attempt_token, prefill_ranks)]
 
     def nothing_to_pick(self) -> list[Instruction]:
         """No worker is left to ask."""
@@ -223,7 +230,7 @@ class RequestMachine:
         if self._attempt_token is None or self.worker is None:
             return self._report()
         self._is_prefill_open = True
-        return [PublishPrefill(self.worker, attempt, self._attempt_token)]
+        return [PublishPrefill(self.worker, attempt, self._attempt_token, self._attempt_ranks)]
 
     def refused(self, attempt: int, reason: str, detail: str, retry_after_s: float) -> list[Instruction]:
         """The decode worker does not want it."""

@@ -370,13 +370,14 @@ class Router:
         choice, chosen = self._ask_policy(request, workers)
         plan = choice.plan or request.default_plan(chosen)
         card = members[workers.index(chosen)].card
-        if not prefill.get(card.fingerprint) or not card.handoff_addresses:
+        ranks = self.membership.view.prefill_ranks(generation.model, card.fingerprint)
+        if not ranks or not card.handoff_addresses:
             plan = "local"
         live.hit_blocks = chosen.hit_blocks
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
         self._metrics.hit_tokens.inc(chosen.hit_blocks * chosen.block_tokens)
         token = HandoffToken(self._rng.randbytes(16))
-        return live.machine.picked(chosen.worker_id, plan, choice.why, token)
+        return live.machine.picked(chosen.worker_id, plan, choice.why, token, prefill_ranks=ranks or 1)
 
     def _ask_policy(self, request: RequestView, workers: list[WorkerView]) -> tuple[Choice, WorkerView]:
         by_id = {worker.worker_id: worker for worker in workers}

@@ -122,6 +122,17 @@ class ClusterView:
                 counts[card.fingerprint] = counts.get(card.fingerprint, 0) + 1
         return counts
 
+    def prefill_ranks(self, model: str, fingerprint: str) -> int:
+        """The tensor-parallel size that most of the prefill workers with this KV have; 0: there is none."""
+        sizes = [
+            member.card.tp_size
+            for member in self._members.values()
+            if member.card.role == "prefill"
+            and (member.card.model, member.card.fingerprint) == (model, fingerprint)
+            and member.can_take_work
+        ]
+        return max(sorted(set(sizes)), key=sizes.count, default=0)
+
     def models(self) -> list[str]:
         """Models that a decode worker serves."""
         return sorted({member.card.model for member in self._members.values() if member.card.role == "decode"})

@@ -7,12 +7,17 @@ says which layers are ready. Blocks are used only when every byte has arrived an
 from .base import (
     Buffer,
     Chunk,
+    Cut,
+    DeviceBuffer,
     Expectation,
+    Extent,
+    GroupBlocks,
     HandoffEndpointLike,
     HandoffKey,
     KvPool,
     Link,
     Listener,
+    Place,
     ReceiveEnd,
     SendEnd,
     SendOrder,
@@ -21,8 +26,9 @@ from .base import (
 )
 from .endpoint import EndpointStats, HandoffEndpoint
 from .errors import HandoffRefused, LinkLost, TransportError, TransportUnavailable
-from .layout import HANDOFF_PROTOCOL, KvLayout
+from .layout import HANDOFF_PROTOCOL, KvGroup, KvLayer, KvLayout, KvShape
 from .pool import HostKvPool
+from .ranks import RankedEndpoint
 from .registry import installed_schemes, open_transports
 from .thread import EndpointThread
 
@@ -30,19 +36,28 @@ __all__ = [
     "HANDOFF_PROTOCOL",
     "Buffer",
     "Chunk",
+    "Cut",
+    "DeviceBuffer",
     "EndpointStats",
     "EndpointThread",
     "Expectation",
+    "Extent",
+    "GroupBlocks",
     "HandoffEndpoint",
     "HandoffEndpointLike",
     "HandoffKey",
     "HandoffRefused",
     "HostKvPool",
+    "KvGroup",
+    "KvLayer",
     "KvLayout",
     "KvPool",
+    "KvShape",
     "Link",
     "LinkLost",
     "Listener",
+    "Place",
+    "RankedEndpoint",
     "ReceiveEnd",
     "SendEnd",
     "SendOrder",

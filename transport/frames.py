@@ -12,12 +12,15 @@ import msgspec
 
 from .base import HandoffKey
 from .errors import TransportError
+from .layout import GROUPS_MAX, KvShape
 
 FRAME_BYTES_MAX = 1 << 20
 LAYERS_MAX = 1 << 10
 CHUNKS_MAX = 1 << 12
 TRANSFERS_MAX = 1 << 18
+MESSAGES_MAX = LAYERS_MAX
 BLOCKS_MAX = 1 << 24
+TOKENS_MAX = 1 << 24
 
 RefuseReason = Literal[
     "unknown_token", "spent_token", "stale_attempt", "wrong_epoch", "fingerprint", "busy", "bad_claim", "closing"
@@ -25,7 +28,7 @@ RefuseReason = Literal[
 CancelReason = Literal["cancelled", "timeout", "replaced", "digest", "protocol", "closing"]
 
 Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=BLOCKS_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 TransferNumber = Annotated[int, msgspec.Meta(ge=0, lt=TRANSFERS_MAX)]
 ChunkNumber = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
@@ -66,24 +69,25 @@ class Hello(_Frame, frozen=True, tag="hello"):
     nonce: Token
     fingerprint: Fingerprint
     epoch: Number
+    shape: KvShape
 
 
 class Claim(_Frame, frozen=True, tag="claim"):
     """Prefill to decode: I compute this prompt; may I write its KV?"""
 
     key: WireKey
-    blocks: Count  # of the whole prompt
+    tokens: Count  # of the whole prompt
     fingerprint: Fingerprint
     decode_epoch: Number
 
 
 class Grant(_Frame, frozen=True, tag="grant"):
-    """Decode to prefill: write logical blocks `skip_blocks` up to `end_block`, with tags of `transfer`."""
+    """Decode to prefill: send each group's tokens from its first up to `end_token`, with tags of `transfer`."""
 
     key: WireKey
     transfer: TransferNumber
-    skip_blocks: Count
-    end_block: Count
+    first_tokens: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=GROUPS_MAX)]
+    end_token: Count
 
 
 class Refuse(_Frame, frozen=True, tag="refuse"):
@@ -100,16 +104,17 @@ class Landed(_Frame, frozen=True, tag="landed"):
 
 
 class ChunkStart(_Frame, frozen=True, tag="chunk_start"):
-    """Prefill to decode: one message for each layer will come for these logical blocks (an empty one if I give up)."""
+    """Prefill to decode: these tokens come, so many layers to a message (an empty message if I give up)."""
 
     transfer: TransferNumber
     chunk: ChunkNumber
-    first_block: Count
-    blocks: Annotated[int, msgspec.Meta(ge=1, le=BLOCKS_MAX)]
+    first_token: Count
+    end_token: Count
+    layers_per_message: Annotated[int, msgspec.Meta(ge=1, le=LAYERS_MAX)]
 
 
 class ChunkDone(_Frame, frozen=True, tag="chunk_done"):
-    """Prefill to decode: the digest of each layer's message, little-endian u64 in the order of the layers."""
+    """Prefill to decode: the digest of each message, little-endian u64 in their order."""
 
     transfer: TransferNumber
     chunk: ChunkNumber
@@ -178,12 +183,6 @@ def decode(payload: bytes) -> Frame:
         return _decoder.decode(payload)
     except msgspec.DecodeError as error:
         raise BadFrame(f"bad control frame of {len(payload)} B: {error}") from error
-
-
-def message_tag(transfer: int, chunk: int, layer: int) -> int:
-    """The link tag of one layer of one chunk: 18 + 12 + 10 bits."""
-    assert max(transfer >> 18, chunk >> 12, layer >> 10) == 0, (transfer, chunk, layer)
-    return transfer << 22 | chunk << 10 | layer
 
 
 TAG_BITS = 40

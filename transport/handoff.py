@@ -3,8 +3,10 @@
 `receiver.Receiver` (decode) and `sender.Sender` (prefill) decide; they have no I/O, clock or randomness. `endpoint` tells
 them events with the time and carries out the instructions they return, in order. What the endpoint promises:
 
-- a `PostReceive`, `PostSend` or `ComputeDigest` is answered by exactly one `MessageDone` or `Digested`, also on failure;
+- a `PostReceive` or `PostSend` is answered by exactly one `MessageDone`, also on failure; a `ComputeDigest`, and a `PostSend`
+  with extents, by exactly one `Digested`;
 - `LinkLost` comes once for each link, after the `MessageDone` of all its messages, also after `AbortLink`;
+- `LinkUp` or `LinkGreeted` comes before the first frame of a link, with what travels on it;
 - `Dial` is answered by one `LinkUp` or `DialFailed`;
 - `Tick` comes about every 100 ms while a machine is not idle.
 """
@@ -15,8 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
-from .base import Chunk, Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
+from .base import Chunk, Expectation, Extent, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
 from .frames import Frame
+from .wire import Wire
 
 LinkId = NewType("LinkId", int)
 
@@ -30,13 +33,13 @@ TICK_S = 0.1
 
 
 class MessageId(NamedTuple):
-    """One layer of one chunk on one grant."""
+    """One message of one chunk on one grant."""
 
     key: HandoffKey
     link: LinkId
     transfer: int
     chunk: int
-    layer: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,18 @@ class LinkLost:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkGreeted:
+    """A peer connected and said hello."""
+
+    link: LinkId
+    wire: Wire
+
+
+@dataclass(frozen=True, slots=True)
 class LinkUp:
     key: HandoffKey
     link: LinkId
+    wire: Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +139,7 @@ class AbortOrder:
 
 
 LinkEvent = FrameReceived | MessageDone | Digested | LinkActive | LinkLost | Tick | Close
-ReceiverEvent = LinkEvent | Expect | CancelExpectation
+ReceiverEvent = LinkEvent | LinkGreeted | Expect | CancelExpectation
 SenderEvent = LinkEvent | OpenOrder | Announce | LayerReady | AbortOrder | LinkUp | DialFailed
 
 
@@ -140,22 +152,33 @@ class SendFrame:
 @dataclass(frozen=True, slots=True)
 class PostReceive:
     message: MessageId
-    block_ids: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSend:
+    """These messages will be sent as their layers become ready: who gathers ahead of time may."""
+
+    key: HandoffKey
+    messages: tuple[tuple[MessageId, tuple[Extent, ...], int], ...]  # with the bytes of each
 
 
 @dataclass(frozen=True, slots=True)
 class PostSend:
-    """With no blocks: an empty message, which ends the peer's posted receive without writing."""
+    """Answered by its digest, too. With no extents: an empty message, which ends the peer's posted receive; no digest."""
 
     message: MessageId
-    block_ids: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeDigest:
+    """Of a message that was received."""
+
     message: MessageId
-    block_ids: tuple[int, ...]
-    is_received: bool  # which machine wants to know
+    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +200,7 @@ class Emit:
     event: ReceiveEnd | SendReleased | SendEnd
 
 
-Instruction = SendFrame | PostReceive | PostSend | ComputeDigest | AbortLink | Dial | Emit
+Instruction = SendFrame | PostReceive | PlanSend | PostSend | ComputeDigest | AbortLink | Dial | Emit
 
 
 @dataclass(slots=True)

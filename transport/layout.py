@@ -33,7 +33,9 @@ class KvShape(msgspec.Struct, frozen=True):
     """How one rank lays out what it has; two that differ here still understand each other."""
 
     block_tokens: tuple[Annotated[int, msgspec.Meta(ge=1, le=1 << 20)], ...]  # of each group
-    order: Annotated[str, msgspec.Meta(max_length=16)] = "HND"  # of a block: heads, tokens, (K, V); or "NHD"; "" unknown
+    order: Annotated[str, msgspec.Meta(max_length=16)] = (
+        "HND"  # of a block: heads, tokens, (K, V); or "NHD"; "" unknown
+    )
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
     tp_rank: Annotated[int, msgspec.Meta(ge=0, lt=RANKS_MAX)] = 0
 
@@ -63,7 +65,9 @@ class KvLayout(msgspec.Struct, frozen=True):
             raise ValueError(f"rank {self.shape.tp_rank} of {self.shape.tp_size}")
         for layer in self.layers:
             if min(layer.heads, layer.head_bytes) < 1 or not 0 <= layer.group < len(self.groups):
-                raise ValueError(f"layer {layer.name} has {layer.heads} heads of {layer.head_bytes} B, group {layer.group}")
+                raise ValueError(
+                    f"layer {layer.name} has {layer.heads} heads of {layer.head_bytes} B, group {layer.group}"
+                )
             if layer.head_bytes % layer.parts:
                 raise ValueError(f"layer {layer.name}: {layer.head_bytes} B are not {layer.parts} equal parts")
 

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .base import Buffer
+from .base import Extent, HostBuffer
 from .layout import KvLayout
 
 
 class HostKvPool:
-    """Blocks as rows of uint8 arrays (blocks, layer_block_bytes), one array a layer; the arrays stay the caller's.
+    """Blocks as rows of uint8 arrays (blocks, block bytes), one array a layer; the arrays stay the caller's.
 
     A row must be contiguous; rows may lie apart. Keep the arrays alive and pre-touched as long as the pool is used
     (first touch of memory is 10x slower than a copy).
     """
 
     def __init__(self, layout: KvLayout, layers: Sequence[npt.NDArray[np.uint8]]) -> None:
-        if len(layers) != len(layout.layer_names):
-            raise ValueError(f"{len(layers)} arrays for {len(layout.layer_names)} layers")
+        if len(layers) != len(layout.layers):
+            raise ValueError(f"{len(layers)} arrays for {len(layout.layers)} layers")
+        if layout.digest != "xxh3":
+            raise ValueError(f"KV in host memory is digested by xxh3, not {layout.digest}")
         blocks = len(layers[0])
-        for name, block_bytes, rows in zip(layout.layer_names, layout.layer_block_bytes, layers, strict=True):
+        for index, (layer, rows) in enumerate(zip(layout.layers, layers, strict=True)):
+            block_bytes = layout.block_bytes(index)
             if rows.dtype != np.uint8 or rows.shape != (blocks, block_bytes):
-                raise ValueError(f"layer {name} is {rows.dtype}{rows.shape}, not uint8{(blocks, block_bytes)}")
+                raise ValueError(f"layer {layer.name} is {rows.dtype}{rows.shape}, not uint8{(blocks, block_bytes)}")
             if block_bytes > 1 and rows.strides[1] != 1:
-                raise ValueError(f"rows of layer {name} are not contiguous: strides {rows.strides}")
+                raise ValueError(f"rows of layer {layer.name} are not contiguous: strides {rows.strides}")
             if not rows.flags.writeable:
-                raise ValueError(f"layer {name} is read-only")
+                raise ValueError(f"layer {layer.name} is read-only")
         self._layout = layout
         self._layers = list(layers)
         # Only rows without a gap may be joined; a flat view then gives a run of blocks as one slice.
@@ -44,23 +47,89 @@ class HostKvPool:
     def blocks(self) -> int:
         return self._blocks
 
-    def buffers(self, layer: int, block_ids: Sequence[int]) -> list[Buffer]:
-        """Views of those blocks in that order, neighbours in memory as one view. Raises IndexError."""
+    def buffers(self, extents: Iterable[Extent]) -> list[HostBuffer]:
+        """Views of whole blocks in that order, neighbours in memory as one view. Raises IndexError."""
+        views: list[HostBuffer] = []
+        for extent in extents:
+            assert extent.cut is None, "a cut has no views, only copies"
+            views += self._views(extent.layer, extent.block_ids)
+        return views
+
+    def _views(self, layer: int, block_ids: Sequence[int]) -> list[HostBuffer]:
         if block_ids and (min(block_ids) < 0 or max(block_ids) >= self._blocks):
             raise IndexError(f"blocks {min(block_ids)}..{max(block_ids)} of a pool of {self._blocks}")
         flat = self._flat[layer]
         if flat is None:
             rows = self._layers[layer]
             return [rows[block] for block in block_ids]
-        size = self._layout.layer_block_bytes[layer]
+        size = self._layout.block_bytes(layer)
         return [flat[first * size : end * size] for first, end in _runs(block_ids)]
 
-    def digest(self, layer: int, block_ids: Sequence[int]) -> int:
-        """xxh3-64 over the bytes of those blocks in that order. Thread-safe; releases the GIL for large runs."""
-        digest = xxhash.xxh3_64()
-        for view in self.buffers(layer, block_ids):
-            digest.update(view.data)
-        return digest.intdigest()
+    def digest(self, extents: Iterable[Extent]) -> int:
+        """xxh3-64 over the bytes of whole blocks in that order. Thread-safe; releases the GIL for large runs."""
+        return digest_of(self.buffers(extents))
+
+    def pack(self, extents: Iterable[Extent], out: HostBuffer) -> None:
+        """Copy cuts, one after the other, in canonical order (K/V, token, head, dim), into `out`. Thread-safe."""
+        start = 0
+        for extent in extents:
+            cells = self._cells(extent)
+            end = start + cells.size
+            out[start:end].reshape(cells.shape)[:] = cells
+            start = end
+
+    def unpack(self, extents: Iterable[Extent], source: HostBuffer) -> None:
+        """What `pack` has put together goes into these cuts. Thread-safe for cuts of other blocks."""
+        start = 0
+        for extent in extents:
+            assert extent.cut
+            layer = self._layout.layers[extent.layer]
+            shape = (layer.parts, extent.cut.tokens, extent.cut.heads, layer.head_bytes // layer.parts)
+            end = start + int(np.prod(shape))
+            self._put(extent, source[start:end].reshape(shape))
+            start = end
+
+    def _blocks_view(self, layer: int) -> npt.NDArray[np.uint8]:
+        """A layer as (blocks, tokens, heads, parts, dim bytes), in place."""
+        shape = self._layout.shape
+        info, tokens = self._layout.layers[layer], self._layout.block_tokens(layer)
+        heads = len(self._layout.rank_heads(layer))
+        rows = self._layers[layer]
+        dim = info.head_bytes // info.parts
+        inner = {
+            "HND": (tokens * info.head_bytes, info.head_bytes),
+            "NHD": (info.head_bytes, heads * info.head_bytes),
+        }[shape.order]
+        strides = (rows.strides[0], inner[1], inner[0], dim, 1)
+        return np.lib.stride_tricks.as_strided(
+            rows, (self._blocks, tokens, heads, info.parts, dim), strides, writeable=True
+        )
+
+    def _cells(self, extent: Extent) -> npt.NDArray[np.uint8]:
+        """A copy of a cut: (parts, tokens, heads, dim bytes)."""
+        cut = extent.cut
+        assert cut
+        heads = slice(cut.first_head, cut.first_head + cut.heads)
+        found = self._blocks_view(extent.layer)[np.array(extent.block_ids), :, heads]
+        tokens = found.reshape(-1, *found.shape[2:])[cut.first_token : cut.first_token + cut.tokens]
+        return tokens.transpose(2, 0, 1, 3)
+
+    def _put(self, extent: Extent, cells: npt.NDArray[np.uint8]) -> None:
+        cut = extent.cut
+        assert cut
+        positions = np.arange(cut.first_token, cut.first_token + cut.tokens)
+        block_tokens = self._layout.block_tokens(extent.layer)
+        blocks = np.array(extent.block_ids)[positions // block_tokens]
+        heads = slice(cut.first_head, cut.first_head + cut.heads)
+        self._blocks_view(extent.layer)[blocks, positions % block_tokens, heads] = cells.transpose(1, 2, 0, 3)
+
+
+def digest_of(buffers: Iterable[HostBuffer]) -> int:
+    """xxh3-64 over these bytes in that order."""
+    digest = xxhash.xxh3_64()
+    for view in buffers:
+        digest.update(view.data)
+    return digest.intdigest()
 
 
 def _runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 
 from . import frames
-from .base import Expectation, HandoffKey, ReceiveEnd
+from .base import Expectation, Extent, HandoffKey, ReceiveEnd
 from .handoff import (
     DRAIN_S,
     HOLD_S,
@@ -26,6 +26,7 @@ from .handoff import (
     FrameReceived,
     Instruction,
     LinkActive,
+    LinkGreeted,
     LinkId,
     LinkLost,
     LinkWatch,
@@ -36,7 +37,9 @@ from .handoff import (
     SendFrame,
     Tick,
 )
+from .layout import KvLayout
 from .reception import Claim, Grant, ReceivedChunk, Reception
+from .wire import Wire
 
 log = logging.getLogger(__name__)
 SPENT_TOKENS_MAX = 1 << 14
@@ -46,12 +49,14 @@ HELD_CLAIMS_MAX = 1 << 10
 class Receiver:
     """Tell it events with the time; do what it says, in order."""
 
-    def __init__(self, *, layer_block_bytes: tuple[int, ...], fingerprint: str, epoch: int) -> None:
-        self._layer_block_bytes = layer_block_bytes
-        self._fingerprint = fingerprint
+    def __init__(self, layout: KvLayout, *, epoch: int) -> None:
+        self._block_tokens = layout.shape.block_tokens
+        self._fingerprint = layout.fingerprint()
         self._epoch = epoch
+        self._wires: dict[LinkId, Wire] = {}
         self._receptions: dict[bytes, Reception] = {}
         self._transfers: dict[int, Reception] = {}
+        self._extents: dict[MessageId, tuple[Extent, ...]] = {}  # of messages on their way
         self._held: dict[bytes, Claim] = {}
         self._spent: OrderedDict[bytes, bool] = OrderedDict()  # token -> has it landed
         self._watch = LinkWatch()
@@ -79,6 +84,8 @@ class Receiver:
                 self._on_digest(event.message, event.digest, now)
             case LinkActive():
                 self._watch.hear(event.link, now)
+            case LinkGreeted():
+                self._wires[event.link] = event.wire
             case LinkLost():
                 self._on_lost(event.link, now)
             case Tick():
@@ -98,15 +105,35 @@ class Receiver:
     def _expect(self, expectation: Expectation, now: float) -> None:
         if expectation.token in self._receptions or expectation.token in self._spent:
             raise ValueError("this token was expected before")
-        if len(expectation.token) != 16 or expectation.first_block < 0:
-            raise ValueError("a token has 16 bytes and a first block is not negative")
-        if len(set(expectation.block_ids)) != len(expectation.block_ids):
-            raise ValueError("a block is named twice")
+        if len(expectation.token) != 16:
+            raise ValueError("a token has 16 bytes")
+        firsts = self._firsts(expectation)
         deadline = now + expectation.timeout_s
-        reception = Reception(expectation, deadline, reclaim_by=deadline)
+        good = min(expectation.end_token, *firsts)
+        reception = Reception(expectation, firsts, deadline, reclaim_by=deadline, good=good)
         self._receptions[expectation.token] = reception
-        if claim := self._held.pop(expectation.token, None):
+        claim = self._held.pop(expectation.token, None)
+        if good == expectation.end_token:
+            # Nothing is wanted: whoever claims it, now or later, need not even compute the rest.
+            if claim:
+                self._out.append(SendFrame(claim.link, frames.Landed(frames.WireKey.of(claim.key))))
+            self._end(reception, is_landed=True)
+        elif claim:
             self._offer(reception, claim, now)
+
+    def _firsts(self, expectation: Expectation) -> tuple[int, ...]:
+        """The first wanted token of each group. Raises ValueError when its blocks are not those of the wanted tokens."""
+        if len(expectation.groups) != len(self._block_tokens):
+            raise ValueError(f"{len(expectation.groups)} groups of blocks for {len(self._block_tokens)} KV groups")
+        firsts = []
+        for (first_block, block_ids), block_tokens in zip(expectation.groups, self._block_tokens, strict=True):
+            wanted = max(0, -(-expectation.end_token // block_tokens) - first_block)
+            if first_block < 0 or len(block_ids) != wanted:
+                raise ValueError(f"{len(block_ids)} blocks from {first_block} up to token {expectation.end_token}")
+            if len(set(block_ids)) != len(block_ids):
+                raise ValueError("a block is named twice")
+            firsts.append(first_block * block_tokens)
+        return tuple(firsts)
 
     def _finish(self, reception: Reception, reason: str, now: float) -> None:
         """End it unlanded, as soon as its blocks are safe."""
@@ -175,7 +202,7 @@ class Receiver:
             # Its sender died, or the link, between our Landed and its ack: the job is done all the same.
             self._out.append(SendFrame(link, frames.Landed(frame.key)))
             return None
-        claim = Claim(link, key, frame.blocks, now + HOLD_S)
+        claim = Claim(link, key, frame.tokens, now + HOLD_S)
         if reception := self._receptions.get(key.token):
             return self._offer(reception, claim, now)
         return self._hold(claim)
@@ -197,7 +224,7 @@ class Receiver:
         grant, successor = reception.grant, reception.successor
         if reception.ending:
             return self._refuse(claim.link, claim.key, "spent_token")
-        if claim.blocks < reception.end_block:
+        if claim.tokens < reception.expectation.end_token:
             return self._refuse(claim.link, claim.key, "bad_claim")
         floor = max(reception.newest, (reception.expectation.attempt, 0))
         if _order(claim.key) < floor or (successor and _order(claim.key) < _order(successor.key)):
@@ -216,44 +243,59 @@ class Receiver:
         self._last_transfer = (self._last_transfer + 1) % frames.TRANSFERS_MAX
         while self._last_transfer in self._transfers:
             self._last_transfer = (self._last_transfer + 1) % frames.TRANSFERS_MAX
-        skip = reception.expectation.first_block + reception.good
-        reception.grant = Grant(claim.link, claim.key, self._last_transfer, reception.good, next_block=skip)
+        firsts = tuple(max(first, reception.good) for first in reception.firsts)
+        end_token = reception.expectation.end_token
+        reception.grant = Grant(
+            claim.link,
+            self._wires[claim.link],
+            claim.key,
+            self._last_transfer,
+            firsts,
+            base=reception.good,
+            next_token=min(end_token, *firsts),
+        )
         reception.newest = _order(claim.key)
         reception.reclaim_by = reception.deadline
         self._transfers[self._last_transfer] = reception
         self._watch.hear(claim.link, now)
         wire_key = frames.WireKey.of(claim.key)
-        frame = frames.Grant(wire_key, self._last_transfer, skip_blocks=skip, end_block=reception.end_block)
-        self._out.append(SendFrame(claim.link, frame))
+        self._out.append(SendFrame(claim.link, frames.Grant(wire_key, self._last_transfer, firsts, end_token)))
 
     def _on_chunk_start(self, reception: Reception, grant: Grant, frame: frames.ChunkStart) -> None:
-        end = frame.first_block + frame.blocks
-        is_next = frame.chunk == len(grant.chunks) and frame.first_block == grant.next_block
-        if not is_next or end > reception.end_block or grant.is_done or grant.is_drained:
-            self._drop(grant, f"chunk {frame.chunk} of blocks {frame.first_block}..{end} is out of place")
+        start, end = frame.first_token, frame.end_token
+        wanted_end = reception.expectation.end_token
+        is_next = frame.chunk == len(grant.chunks) and start == grant.next_token < end <= wanted_end
+        if not is_next or not grant.wire.is_border(end, wanted_end) or grant.is_done or grant.is_drained:
+            self._drop(grant, f"chunk {frame.chunk} of tokens {start}..{end} is out of place")
             return
-        first = frame.first_block - reception.expectation.first_block
-        chunk = ReceivedChunk(reception.expectation.block_ids[first : first + frame.blocks])
-        grant.chunks.append(chunk)
-        grant.next_block = end
+        messages = grant.wire.messages(grant.firsts, start, end, frame.layers_per_message)
+        sizes = tuple(map(grant.wire.nbytes, messages))
+        if max(sizes, default=0) > grant.wire.sizes.bytes_max:
+            self._drop(grant, f"a message of {max(sizes)} B; at most {grant.wire.sizes.bytes_max} find room here")
+            return
+        grant.chunks.append(ReceivedChunk(end, sizes))
+        grant.next_token = end
         # Also while it is being stopped: the blocks are still ours to be written, and each message must find its receive.
-        for layer in range(len(self._layer_block_bytes)):
-            message = MessageId(grant.key, grant.link, grant.transfer, frame.chunk, layer)
+        for number, message in enumerate(messages):
             grant.posted += 1
-            self._out.append(PostReceive(message, chunk.block_ids))
+            message_id = MessageId(grant.key, grant.link, grant.transfer, frame.chunk, number)
+            extents = grant.wire.extents(message, reception.expectation.groups)
+            self._extents[message_id] = extents
+            self._out.append(PostReceive(message_id, extents, sizes[number]))
 
     def _on_chunk_done(self, reception: Reception, grant: Grant, frame: frames.ChunkDone, now: float) -> None:
-        layers = len(self._layer_block_bytes)
-        if frame.chunk >= len(grant.chunks) or len(frame.digests) != 8 * layers:
+        is_known = frame.chunk < len(grant.chunks)
+        if not is_known or len(frame.digests) != 8 * len(grant.chunks[frame.chunk].message_bytes):
             self._drop(grant, f"digests of chunk {frame.chunk} are out of place")
             return
-        digests = (frame.digests[start : start + 8] for start in range(0, 8 * layers, 8))
+        digests = (frame.digests[start : start + 8] for start in range(0, len(frame.digests), 8))
         grant.chunks[frame.chunk].sent = tuple(int.from_bytes(digest, "little") for digest in digests)
         self._settle(reception, now)
 
     def _on_done(self, reception: Reception, grant: Grant, now: float) -> None:
-        if grant.next_block != reception.end_block or any(chunk.sent is None for chunk in grant.chunks):
-            self._drop(grant, f"done at block {grant.next_block} of {reception.end_block}")
+        end_token = reception.expectation.end_token
+        if grant.next_token != end_token or any(chunk.sent is None for chunk in grant.chunks):
+            self._drop(grant, f"done at token {grant.next_token} of {end_token}")
             return
         grant.is_done = True
         self._settle(reception, now)
@@ -283,13 +325,14 @@ class Receiver:
             raise AssertionError(f"a receive outlived its grant: {message}")
         grant.posted -= 1
         chunk = grant.chunks[message.chunk]
+        extents = self._extents.pop(message)
         if event.error is not None:
             chunk.is_broken = True
         else:
             self._watch.hear(message.link, now)
-            reception.kv_bytes += self._layer_block_bytes[message.layer] * len(chunk.block_ids)
+            reception.kv_bytes += chunk.message_bytes[message.number]
             grant.hashing += 1
-            self._out.append(ComputeDigest(message, chunk.block_ids, is_received=True))
+            self._out.append(ComputeDigest(message, extents))
         self._settle(reception, now)
 
     def _on_digest(self, message: MessageId, digest: int, now: float) -> None:
@@ -298,11 +341,12 @@ class Receiver:
         assert grant is not None
         assert grant.transfer == message.transfer, "a digest outlived its grant"
         grant.hashing -= 1
-        grant.chunks[message.chunk].here[message.layer] = digest
+        grant.chunks[message.chunk].here[message.number] = digest
         self._settle(reception, now)
 
     def _on_lost(self, link: LinkId, now: float) -> None:
         self._watch.forget(link)
+        self._wires.pop(link, None)
         for token in [token for token, claim in self._held.items() if claim.link == link]:
             del self._held[token]
         for reception in list(self._receptions.values()):
@@ -362,7 +406,7 @@ class Receiver:
         """Draw the conclusions of whatever has just changed."""
         if grant := reception.grant:
             self._count_good(reception, grant)
-            is_complete = reception.good == len(reception.expectation.block_ids) and grant.is_done
+            is_complete = reception.good == reception.expectation.end_token and grant.is_done
             if is_complete and not reception.ending and not grant.posted and not grant.hashing:
                 self._land(reception, grant)
                 return
@@ -379,12 +423,11 @@ class Receiver:
             self._offer(reception, successor, now)
 
     def _count_good(self, reception: Reception, grant: Grant) -> None:
-        good = grant.base
+        reception.good = grant.base
         for chunk in grant.chunks:
-            if not chunk.is_good(len(self._layer_block_bytes)):
+            if not chunk.is_good:
                 break
-            good += len(chunk.block_ids)
-        reception.good = good
+            reception.good = chunk.end_token
 
     def _release(self, reception: Reception, grant: Grant, now: float) -> None:
         """No writer can reach the blocks any more; they wait for the next claim."""

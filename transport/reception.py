@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from .base import Expectation, HandoffKey
 from .handoff import LinkId
+from .wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,7 @@ class Claim:
 
     link: LinkId
     key: HandoffKey
-    blocks: int
+    tokens: int
     expires_at: float
 
 
@@ -22,19 +23,22 @@ class Claim:
 class ReceivedChunk:
     """An announced chunk: what has come of it, and what its sender says it sent."""
 
-    block_ids: tuple[int, ...]
-    here: dict[int, int] = field(default_factory=dict)  # layer -> digest of what arrived
-    sent: tuple[int, ...] | None = None  # digest of each layer as the sender read it
+    end_token: int
+    message_bytes: tuple[int, ...]
+    here: dict[int, int] = field(default_factory=dict)  # message -> digest of what arrived
+    sent: tuple[int, ...] | None = None  # digest of each message as the sender read it
     is_broken: bool = False  # a message was short or failed
 
     @property
     def is_wrong(self) -> bool:
         if self.sent is None:
             return False
-        return self.is_broken or any(self.sent[layer] != digest for layer, digest in self.here.items())
+        return self.is_broken or any(self.sent[number] != digest for number, digest in self.here.items())
 
-    def is_good(self, layers: int) -> bool:
-        return not self.is_broken and self.sent is not None and len(self.here) == layers and not self.is_wrong
+    @property
+    def is_good(self) -> bool:
+        is_complete = self.sent is not None and len(self.here) == len(self.message_bytes)
+        return is_complete and not self.is_broken and not self.is_wrong
 
 
 @dataclass(slots=True)
@@ -42,10 +46,12 @@ class Grant:
     """The one writer that an expectation has at a time."""
 
     link: LinkId
+    wire: Wire
     key: HandoffKey
     transfer: int
-    base: int  # good blocks of the expectation when it was granted
-    next_block: int  # logical, where the next chunk must begin
+    firsts: tuple[int, ...]  # the first token that is wanted of each group
+    base: int  # good tokens of the expectation when it was granted
+    next_token: int  # where the next chunk must begin
     chunks: list[ReceivedChunk] = field(default_factory=list)
     posted: int = 0  # receives that are not done
     hashing: int = 0
@@ -65,16 +71,13 @@ class Reception:
     """An expectation that has not ended."""
 
     expectation: Expectation
+    firsts: tuple[int, ...]  # the first wanted token of each group
     deadline: float
     reclaim_by: float
+    good: int  # the wanted tokens before it are verified in every layer
     newest: tuple[int, int] = (0, 0)  # (attempt, delivery) that was granted last
-    good: int = 0  # leading blocks verified in every layer
     kv_bytes: int = 0
     grant: Grant | None = None
     successor: Claim | None = None
     ending: str = ""
     failure: str = "timeout"
-
-    @property
-    def end_block(self) -> int:
-        return self.expectation.first_block + len(self.expectation.block_ids)

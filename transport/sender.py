@@ -10,14 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from . import frames
-from .base import Chunk, HandoffKey, SendEnd, SendOrder, SendReleased
+from .base import Chunk, Extent, HandoffKey, SendEnd, SendOrder, SendReleased
 from .handoff import (
     DRAIN_S,
     AbortLink,
     AbortOrder,
     Announce,
     Close,
-    ComputeDigest,
     Dial,
     DialFailed,
     Digested,
@@ -33,11 +32,13 @@ from .handoff import (
     MessageDone,
     MessageId,
     OpenOrder,
+    PlanSend,
     PostSend,
     SenderEvent,
     SendFrame,
     Tick,
 )
+from .wire import Message, Wire
 
 TRIES_MAX = 3  # claims of one order: the first, and two after a lost link or a wrong digest
 
@@ -51,15 +52,23 @@ class _Part:
 
 
 @dataclass(slots=True)
+class _Planned:
+    """A message of a chunk."""
+
+    extents: tuple[Extent, ...]
+    nbytes: int
+    missing: set[int]  # layers that are not computed yet
+    is_posted: bool = False
+    is_given_up: bool = False  # sent empty
+
+
+@dataclass(slots=True)
 class _Sending:
-    """The wanted blocks of a part, on one grant."""
+    """The wanted tokens of a part, or of some of its tokens, on one grant."""
 
     number: int
     part: _Part
-    first_block: int
-    block_ids: tuple[int, ...]
-    posted: set[int] = field(default_factory=set)
-    given_up: set[int] = field(default_factory=set)  # sent empty
+    messages: list[_Planned]
     digests: dict[int, int] = field(default_factory=dict)
     is_announced_done: bool = False
 
@@ -67,9 +76,10 @@ class _Sending:
 @dataclass(slots=True)
 class _Grant:
     link: LinkId
+    wire: Wire
     transfer: int
-    skip_block: int
-    end_block: int
+    firsts: tuple[int, ...]
+    end_token: int
     parts_begun: int = 0
     chunks: list[_Sending] = field(default_factory=list)
     is_done: bool = False
@@ -83,10 +93,10 @@ class _Order:
     deadline: float
     tries: int = 1
     link: LinkId | None = None  # claimed on
+    wire: Wire | None = None  # of that link
     grant: _Grant | None = None
     parts: list[_Part] = field(default_factory=list)
-    next_block: int = 0
-    is_last_announced: bool = False
+    next_token: int = 0
     reading: int = 0  # sends and digests that read the source blocks, of all grants
     kv_bytes: int = 0
     ending: str | None = None  # reason; "" has landed
@@ -95,13 +105,15 @@ class _Order:
     def key(self) -> HandoffKey:
         return self.order.key
 
+    def has_announced(self, end_token: int) -> bool:
+        return self.next_token >= end_token
+
 
 class Sender:
     """Tell it events with the time; do what it says, in order."""
 
-    def __init__(self, *, layer_block_bytes: tuple[int, ...]) -> None:
-        self._layer_block_bytes = layer_block_bytes
-        self._layers = len(layer_block_bytes)
+    def __init__(self, *, layers: int) -> None:
+        self._layers = layers
         self._orders: dict[HandoffKey, _Order] = {}
         self._granted: dict[tuple[LinkId, int], _Order] = {}
         self._watch = LinkWatch()
@@ -128,7 +140,7 @@ class Sender:
             case FrameReceived():
                 self._on_frame(event.link, event.frame, now)
             case Announce():
-                self._on_announce(event.key, event.chunk)
+                self._on_announce(event.key, event.chunk, now)
             case OpenOrder():
                 self._open(event.order, now)
             case AbortOrder():
@@ -148,28 +160,23 @@ class Sender:
     def _open(self, order: SendOrder, now: float) -> None:
         if order.key in self._orders:
             raise ValueError("this key is open already")
-        if not order.addresses or order.blocks < 0:
-            raise ValueError("an order names at least one address and no negative number of blocks")
-        self._orders[order.key] = _Order(order, now + order.timeout_s, is_last_announced=order.blocks == 0)
+        if not order.addresses or order.tokens < 0:
+            raise ValueError("an order names at least one address and no negative number of tokens")
+        self._orders[order.key] = _Order(order, now + order.timeout_s)
         self._out.append(Dial(order.key, order.addresses))
 
-    def _on_announce(self, key: HandoffKey, chunk: Chunk) -> None:
+    def _on_announce(self, key: HandoffKey, chunk: Chunk, now: float) -> None:
         order = self._orders.get(key)
         if order is None:
             return  # It has ended, and the engine does not know yet.
-        end = chunk.first_block + len(chunk.block_ids)
-        if order.is_last_announced or chunk.first_block != order.next_block or end > order.order.blocks:
+        tokens = order.order.tokens
+        if chunk.first_token != order.next_token or not order.next_token < chunk.end_token <= tokens:
             raise ValueError(
-                f"chunk of blocks {chunk.first_block}..{end} after {order.next_block} of {order.order.blocks}"
+                f"chunk of tokens {chunk.first_token}..{chunk.end_token} after {order.next_token} of {tokens}"
             )
-        if chunk.is_last != (end == order.order.blocks):
-            raise ValueError(f"the last chunk ends at block {order.order.blocks}, this one at {end}")
-        if len(order.parts) == frames.CHUNKS_MAX:
-            raise ValueError(f"a hand-off has at most {frames.CHUNKS_MAX} chunks")
         order.parts.append(_Part(chunk))
-        order.next_block = end
-        order.is_last_announced = chunk.is_last
-        self._advance(order)
+        order.next_token = chunk.end_token
+        self._advance(order, now)
 
     def _on_layer_ready(self, key: HandoffKey, layer: int) -> None:
         order = self._orders.get(key)
@@ -182,9 +189,9 @@ class Sender:
         grant = order.grant
         if grant is None or grant.stop_at is not None:
             return
-        sending = next((sending for sending in grant.chunks if sending.part is part), None)
-        if sending is not None:
-            self._send_layer(order, grant, sending, layer)
+        for sending in grant.chunks:
+            if sending.part is part:
+                self._send_ready(order, grant, sending, layer)
 
     def _close(self, now: float) -> None:
         for order in list(self._orders.values()):
@@ -241,57 +248,95 @@ class Sender:
     def _on_grant(self, order: _Order, link: LinkId, frame: frames.Grant, now: float) -> None:
         if order.ending is not None:
             return  # Our Failed is on its way and ends the grant there.
-        if not frame.skip_blocks <= frame.end_block <= order.order.blocks:
+        assert order.wire
+        if frame.end_token > order.order.tokens or len(frame.first_tokens) != order.wire.groups:
             self._out.append(AbortLink(link, "grant out of bounds"))
             return
-        order.grant = _Grant(link, frame.transfer, frame.skip_blocks, frame.end_block)
+        order.grant = _Grant(link, order.wire, frame.transfer, frame.first_tokens, frame.end_token)
         self._granted[link, frame.transfer] = order
-        self._advance(order)
+        self._advance(order, now)
 
     # Sending.
 
-    def _advance(self, order: _Order) -> None:
-        """Begin what was announced since, and say Done when all is sent."""
+    def _advance(self, order: _Order, now: float) -> None:
+        """Begin what was announced since, and say Done when all that is wanted is sent."""
         grant = order.grant
         if grant is None or grant.stop_at is not None:
             return
+        start = min(grant.firsts)
         for part in order.parts[grant.parts_begun :]:
             grant.parts_begun += 1
-            self._begin(order, grant, part)
+            first, end = max(part.chunk.first_token, start), min(part.chunk.end_token, grant.end_token)
+            if first < end and not self._begin(order, grant, part, first, end):
+                self._finish(order, "missing_blocks", now)
+                return
         all_done = all(sending.is_announced_done for sending in grant.chunks)
-        if order.is_last_announced and all_done and not grant.is_done:
+        if order.has_announced(grant.end_token) and all_done and not grant.is_done:
             grant.is_done = True
             self._out.append(SendFrame(grant.link, frames.Done(grant.transfer)))
 
-    def _begin(self, order: _Order, grant: _Grant, part: _Part) -> None:
-        chunk = part.chunk
-        first = max(chunk.first_block, grant.skip_block)
-        end = min(chunk.first_block + len(chunk.block_ids), grant.end_block)
-        if first >= end:
-            return
-        block_ids = chunk.block_ids[first - chunk.first_block : end - chunk.first_block]
-        sending = _Sending(len(grant.chunks), part, first, block_ids)
-        grant.chunks.append(sending)
-        start = frames.ChunkStart(grant.transfer, sending.number, first, len(block_ids))
-        self._out.append(SendFrame(grant.link, start))
-        for layer in sorted(part.ready):
-            self._send_layer(order, grant, sending, layer)
+    def _begin(self, order: _Order, grant: _Grant, part: _Part, first: int, end: int) -> bool:
+        """Cut a part into messages; False when it lacks blocks that are wanted."""
+        wire, sizes = grant.wire, grant.wire.sizes
+        tokens_max = sizes.bytes_max // wire.token_bytes_max
+        step = max(wire.unit_tokens, tokens_max - tokens_max % wire.unit_tokens)
+        target_bytes = sizes.bulk_bytes if len(part.ready) == self._layers else sizes.computed_bytes
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            layers = max(1, target_bytes // ((stop - start) * wire.token_bytes_max))
+            layers = min(layers, self._layers)
+            try:
+                messages = [
+                    self._plan(wire, message, part) for message in wire.messages(grant.firsts, start, stop, layers)
+                ]
+            except LookupError:
+                return False
+            self._start_chunk(order, grant, _Sending(len(grant.chunks), part, messages), (start, stop, layers))
+        return True
 
-    def _send_layer(self, order: _Order, grant: _Grant, sending: _Sending, layer: int) -> None:
-        message = MessageId(order.key, grant.link, grant.transfer, sending.number, layer)
-        sending.posted.add(layer)
-        order.reading += 2
-        self._out.append(PostSend(message, sending.block_ids))
-        self._out.append(ComputeDigest(message, sending.block_ids, is_received=False))
+    def _plan(self, wire: Wire, message: Message, part: _Part) -> _Planned:
+        missing = {entry.layer for entry in message.parts} - part.ready
+        return _Planned(wire.extents(message, part.chunk.groups), wire.nbytes(message), missing)
+
+    def _start_chunk(self, order: _Order, grant: _Grant, sending: _Sending, span: tuple[int, int, int]) -> None:
+        grant.chunks.append(sending)
+        self._out.append(SendFrame(grant.link, frames.ChunkStart(grant.transfer, sending.number, *span)))
+        planned = enumerate(sending.messages)
+        ids = [
+            (self._id(order, grant, sending, number), message.extents, message.nbytes) for number, message in planned
+        ]
+        self._out.append(PlanSend(order.key, tuple(ids)))
+        if not sending.messages:
+            self._close_chunk(grant, sending)
+        self._send_ready(order, grant, sending, None)
+
+    def _send_ready(self, order: _Order, grant: _Grant, sending: _Sending, layer: int | None) -> None:
+        for number, message in enumerate(sending.messages):
+            if layer is not None:
+                message.missing.discard(layer)
+            if message.missing or message.is_posted:
+                continue
+            message.is_posted = True
+            order.reading += 2
+            message_id = self._id(order, grant, sending, number)
+            self._out.append(PostSend(message_id, message.extents, message.nbytes))
+
+    def _id(self, order: _Order, grant: _Grant, sending: _Sending, number: int) -> MessageId:
+        return MessageId(order.key, grant.link, grant.transfer, sending.number, number)
+
+    def _close_chunk(self, grant: _Grant, sending: _Sending) -> None:
+        sending.is_announced_done = True
+        digests = b"".join(sending.digests[number].to_bytes(8, "little") for number in range(len(sending.messages)))
+        self._out.append(SendFrame(grant.link, frames.ChunkDone(grant.transfer, sending.number, digests)))
 
     def _on_read(self, message: MessageId, now: float, error: BaseException | None) -> None:
         order = self._orders[message.key]
         order.reading -= 1
         grant = order.grant
         if error is None and grant and (grant.link, grant.transfer) == (message.link, message.transfer):
-            sending = grant.chunks[message.chunk]
-            if message.layer not in sending.given_up:
-                order.kv_bytes += self._layer_block_bytes[message.layer] * len(sending.block_ids)
+            planned = grant.chunks[message.chunk].messages[message.number]
+            if not planned.is_given_up:
+                order.kv_bytes += planned.nbytes
         self._settle(order, now)
 
     def _on_digest(self, message: MessageId, digest: int, now: float) -> None:
@@ -300,13 +345,10 @@ class Sender:
         grant = order.grant
         if grant and (grant.link, grant.transfer) == (message.link, message.transfer) and grant.stop_at is None:
             sending = grant.chunks[message.chunk]
-            sending.digests[message.layer] = digest
-            if len(sending.digests) == self._layers:
-                sending.is_announced_done = True
-                digests = b"".join(sending.digests[layer].to_bytes(8, "little") for layer in range(self._layers))
-                done = frames.ChunkDone(grant.transfer, sending.number, digests)
-                self._out.append(SendFrame(grant.link, done))
-                self._advance(order)
+            sending.digests[message.number] = digest
+            if len(sending.digests) == len(sending.messages):
+                self._close_chunk(grant, sending)
+                self._advance(order, now)
         self._settle(order, now)
 
     # What happens to links.
@@ -318,7 +360,7 @@ class Sender:
             case LinkUp():
                 order = self._orders.get(event.key)
                 if order and order.ending is None and order.link is None:
-                    order.link = event.link
+                    order.link, order.wire = event.link, event.wire
                     self._watch.hear(event.link, now)
                     self._claim(order, event.link)
             case DialFailed():
@@ -334,7 +376,7 @@ class Sender:
     def _claim(self, order: _Order, link: LinkId) -> None:
         wanted = order.order
         key = frames.WireKey.of(order.key)
-        self._out.append(SendFrame(link, frames.Claim(key, wanted.blocks, wanted.fingerprint, wanted.decode_epoch)))
+        self._out.append(SendFrame(link, frames.Claim(key, wanted.tokens, wanted.fingerprint, wanted.decode_epoch)))
 
     def _on_lost(self, order: _Order, now: float) -> None:
         order.link = None
@@ -374,13 +416,11 @@ class Sender:
             return
         grant.stop_at = now + DRAIN_S
         for sending in grant.chunks:
-            for layer in range(self._layers):
-                if layer not in sending.posted:
-                    sending.posted.add(layer)
-                    sending.given_up.add(layer)
+            for number, message in enumerate(sending.messages):
+                if not message.is_posted:
+                    message.is_posted = message.is_given_up = True
                     order.reading += 1
-                    message = MessageId(order.key, grant.link, grant.transfer, sending.number, layer)
-                    self._out.append(PostSend(message, ()))
+                    self._out.append(PostSend(self._id(order, grant, sending, number), (), 0))
 
     def _drop_grant(self, order: _Order) -> None:
         if order.grant:

@@ -34,6 +34,10 @@ class Stager(Protocol):
     def message_bytes_max(self) -> int:
         """A slot is never larger."""
 
+    @property
+    def staging_bytes(self) -> int:
+        """Of each kind of memory, device and host."""
+
     def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
         """A slot, or None when there is no room now; `on_device` False: host memory, for links that take no other."""
 
@@ -48,6 +52,9 @@ class Stager(Protocol):
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> Ticket:
         """Copy the slot's bytes into these blocks. They are written before the digest is known: publish them only after."""
+
+    def bind_thread(self) -> None:
+        """The calling thread makes links for this memory: choose its device."""
 
     def fence(self) -> None:
         """What the current stream was given so far comes before later gathers. On the thread that drives that stream."""

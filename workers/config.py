@@ -29,8 +29,15 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int, Meta(description="prompt and output tokens of one request, 0: the model's own", ge=0)
     ] = 0
     chunk_tokens: Annotated[int, Meta(description="prompt tokens computed in one step (prefill)", ge=1)] = 512
+    tp: Annotated[int, Meta(description="tensor-parallel ranks of the engine", ge=1, le=64)] = 1
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
     cpu_cores: Annotated[str, Meta(description="cores the engine computes on, like 0-3 (vllm on CPU)")] = ""
+    staging_mib: Annotated[
+        int, Meta(description="memory for KV on its way in MiB: of the GPU, and pinned where a link needs it", ge=32)
+    ] = 256
+    verify_kv: Annotated[
+        bool, Meta(description="digest KV once more from the GPU blocks it landed in, not only on its way there (vllm)")
+    ] = False
     handoff_timeout_s: Annotated[
         float, Meta(description="KV not here by then is computed by the decode worker", gt=0)
     ] = 60.0
@@ -41,6 +48,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 0.05
     sim_itl_ms: Annotated[float, Meta(description="sim: time of one decode step, in ms", ge=0)] = 5.0
     sim_layers: Annotated[int, Meta(description="sim: layers of KV", ge=1)] = 4
+    sim_heads: Annotated[int, Meta(description="sim: KV heads", ge=1)] = 1
     sim_vocab: Annotated[
         int, Meta(description="sim: token ids 0..n-1 it makes when the model has no tokenizer", ge=2)
     ] = 32000

@@ -204,6 +204,7 @@ class DecodeWorker:
             sampling=job.sampling,
             handoff_token=job.handoff_token,
             handoff_timeout_s=min(self._handoff_timeout_s, job.time_left_s),
+            prefill_ranks=job.prefill_ranks,
         )
 
     def _on_step(self, run: _Run, output: StepOutput) -> None:

@@ -111,7 +111,7 @@ class PrefillIntake:
             return Discard("its deadline has passed", "expired")
         if self.is_draining:
             return GiveBack("the worker stops", 0.0)
-        if job.model != self._card.model or job.fingerprint != self._card.fingerprint:
+        if not is_for(self._card, job):
             return GiveBack("it is for another model or KV layout", ELSEWHERE_DELAY_S * delivery)
         if not job.token_ids or len(job.token_ids) % 4:
             return Discard(f"{len(job.token_ids)} bytes are no prompt of 4-byte token ids", "bad_job")
@@ -292,7 +292,7 @@ class PrefillWorker:
         if self._intake.is_draining or self._intake.running >= 2 * self._card.slots:
             reason = "draining" if self._intake.is_draining else "busy"
             answer = Refused(job.request_id, job.attempt, reason)
-        elif job.fingerprint != self._card.fingerprint or job.model != self._card.model:
+        elif not is_for(self._card, job):
             answer = Refused(job.request_id, job.attempt, "wrong_worker")
         else:
             self._tasks.create_task(self._handle(_DirectJob(delivery.payload)), name="direct job")
@@ -391,7 +391,9 @@ class PrefillWorker:
             decode_addresses=job.decode_addresses,
             decode_epoch=job.decode_epoch,
             fingerprint=job.fingerprint,
+            decode_block_tokens=job.decode_block_tokens,
             timeout_s=max(0.1, min(left_s, self._handoff_timeout_s)),
+            decode_ranks=job.decode_ranks,
         )
 
     def _claim(self, run: _Run) -> None:
@@ -459,6 +461,11 @@ async def _quietly(call: Coroutine[None, None, None]) -> None:
         await call
     except BusError as error:
         log.info("the work queue did not answer: %s", error)
+
+
+def is_for(card: WorkerCard, job: PrefillJob) -> bool:
+    """Whether a worker like this can do the job: same model, same KV, and as many ranks as decode was told of."""
+    return (job.model, job.fingerprint, job.prefill_ranks) == (card.model, card.fingerprint, card.tp_size)
 
 
 def _decode_job(payload: bytes) -> PrefillJob | None:

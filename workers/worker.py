@@ -113,6 +113,7 @@ def card_of(config: WorkerConfig, identity: Identity, info: EngineInfo) -> Worke
         max_model_len=info.max_model_len,
         handoff_addresses=info.handoff_addresses,
         engine=info.description,
+        tp_size=info.tp_size,
     )
 
 

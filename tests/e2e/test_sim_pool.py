@@ -37,7 +37,7 @@ class Reference:
 
     def text(self, prompt: list[int], *, max_tokens: int, seed: int | None = None, temperature: float = 0.0) -> str:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        tokens = expected_tokens(prompt, sampling, layers=LAYERS, vocabulary=self._vocabulary)
+        tokens = expected_tokens(prompt, sampling, planes=LAYERS, vocabulary=self._vocabulary)
         return self._tokenizer.decode(tokens)
 
 

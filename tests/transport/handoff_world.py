@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from hocket.transport.base import Chunk, Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
+from hocket.transport.base import (
+    Chunk,
+    Expectation,
+    Extent,
+    GroupBlocks,
+    HandoffKey,
+    ReceiveEnd,
+    SendEnd,
+    SendOrder,
+    SendReleased,
+)
 from hocket.transport.frames import Frame, decode, encode
 from hocket.transport.handoff import (
     AbortLink,
@@ -28,25 +38,48 @@ from hocket.transport.handoff import (
     FrameReceived,
     Instruction,
     LayerReady,
+    LinkGreeted,
     LinkId,
     LinkLost,
     LinkUp,
     MessageDone,
     MessageId,
     OpenOrder,
+    PlanSend,
     PostReceive,
     PostSend,
     SendFrame,
     Tick,
 )
+from hocket.transport.layout import KvGroup, KvLayer, KvLayout, KvShape
 from hocket.transport.receiver import Receiver
 from hocket.transport.sender import Sender
+from hocket.transport.wire import MessageSizes
+from hocket.transport.wire import Wire as KvWire
 
 LAYERS = 3
-FINGERPRINT = "f" * 32
+WINDOW = 2  # tokens that the second group's layer is wanted of, at most
+LAYOUTS = [
+    KvLayout("m", "r", "u8", "u8", tuple(KvLayer(str(layer), 1, 2) for layer in range(LAYERS)), KvShape((1,))),
+    KvLayout(
+        "m",
+        "r",
+        "u8",
+        "u8",
+        tuple(KvLayer(str(layer), 1, 2, group=layer % 2) for layer in range(LAYERS)),
+        KvShape((1, 1)),
+        groups=(KvGroup(), KvGroup("window", WINDOW)),
+    ),
+]
 EPOCH = 9
 TICK_S = 0.1
 Action = Callable[[], None]
+Cell = tuple[int, int]  # (layer, block)
+
+
+def cells_of(extents: Sequence[Extent]) -> list[Cell]:
+    """What a message reads or writes, in its order."""
+    return [(extent.layer, block) for extent in extents for block in extent.block_ids]
 
 
 @dataclass
@@ -54,7 +87,7 @@ class Side:
     """One machine's end of a link."""
 
     inbox: deque[bytes] = field(default_factory=deque)
-    posted: dict[MessageId, tuple[int, ...]] = field(default_factory=dict)
+    posted: dict[MessageId, list[Cell]] = field(default_factory=dict)
     is_open: bool = True
     is_aborting: bool = False
 
@@ -76,7 +109,7 @@ class SenderProcess:
 
     order: SendOrder
     chunks: list[Chunk]
-    machine: Sender = field(default_factory=lambda: Sender(layer_block_bytes=(1,) * LAYERS))
+    machine: Sender = field(default_factory=lambda: Sender(layers=LAYERS))
     announced: int = 0
     ready: int = 0  # layers of the last announced chunk
     events: list[SendReleased | SendEnd] = field(default_factory=list)
@@ -84,7 +117,7 @@ class SenderProcess:
     is_alive: bool = True
     paused_until: float = 0.0
     dials: list[HandoffKey] = field(default_factory=list)
-    digests: list[ComputeDigest] = field(default_factory=list)
+    digests: list[PostSend] = field(default_factory=list)
 
 
 class World:
@@ -94,14 +127,17 @@ class World:
         self.rng = random.Random(seed)
         self.now = 100.0
         self.are_faults_on = True
+        self.layout = self.rng.choice(LAYOUTS)
+        computed, bulk = self.rng.choice([2, 2, 8]), self.rng.choice([2, 8, 100])
+        self.sizes = MessageSizes(self.rng.choice([2, 6, 100]), computed, bulk)
         self.first_block = self.rng.choice([0, 0, 2])
         count = self.rng.randint(0, 6)
         self.blocks = self.first_block + count
         self.truth = [[self.rng.getrandbits(32) for _ in range(self.blocks)] for _ in range(LAYERS)]
-        self.block_ids = tuple(self.rng.sample(range(100, 140), count))
+        self.groups = tuple(self.place(kind.span_tokens) for kind in self.layout.groups)
         self.memory: dict[tuple[int, int], int] = {}
         self.token = self.rng.randbytes(16)
-        self.receiver = Receiver(layer_block_bytes=(1,) * LAYERS, fingerprint=FINGERPRINT, epoch=EPOCH)
+        self.receiver = self.make_receiver()
         self.digests: list[ComputeDigest] = []
         self.received: list[ReceiveEnd] = []
         self.is_expected = False
@@ -114,6 +150,14 @@ class World:
         self.engine_aborts = self.rng.choice([0, 0, 0, 1])
         self.cancels = self.rng.choice([0, 0, 0, 0, 1])
         self.deliveries_max = self.rng.choice([1, 1, 2, 3])
+
+    def make_receiver(self) -> Receiver:
+        return Receiver(self.layout, epoch=EPOCH)
+
+    def place(self, window: int) -> GroupBlocks:
+        """Where a group's wanted blocks go."""
+        first = max(self.first_block, self.blocks - window) if window else self.first_block
+        return GroupBlocks(first, tuple(self.rng.sample(range(100, 140), self.blocks - first)))
 
     # The run.
 
@@ -214,16 +258,20 @@ class World:
     def expect(self) -> None:
         self.is_expected = True
         attempt = 1
-        expectation = Expectation(self.token, attempt, self.first_block, self.block_ids, self.rng.choice([8.0, 20.0]))
+        expectation = Expectation(self.token, attempt, self.groups, self.blocks, self.rng.choice([8.0, 20.0]))
         self.tell_receiver(Expect(expectation))
 
     def deliver_job(self) -> None:
         key = HandoffKey(self.token, 1, len(self.senders) + 1)
-        order = SendOrder(key, ("sim://0", "sim://1"), EPOCH, FINGERPRINT, self.blocks, 20.0)
+        order = SendOrder(key, ("sim://0", "sim://1"), EPOCH, self.layout.fingerprint(), self.blocks, 20.0)
         chunks, start = [], 0
         while start < self.blocks:
             end = self.rng.randint(start + 1, self.blocks)
-            chunks.append(Chunk(start, tuple(range(start, end)), end == self.blocks))
+            groups = []
+            for kind in self.layout.groups:
+                first = min(end, max(start, self.blocks - WINDOW - 1)) if kind.span_tokens else start
+                groups.append(GroupBlocks(first, tuple(range(first, end))))
+            chunks.append(Chunk(start, end, tuple(groups)))
             start = end
         sender = SenderProcess(order, chunks)
         self.senders.append(sender)
@@ -245,17 +293,19 @@ class World:
             return
         wire = Wire(LinkId(len(self.wires) + 1), sender)
         self.wires.append(wire)
-        self.tell_sender(sender, LinkUp(key, wire.number))
+        shape = self.layout.shape
+        self.tell_receiver(LinkGreeted(wire.number, KvWire(self.layout, shape, i_send=False, sizes=self.sizes)))
+        self.tell_sender(sender, LinkUp(key, wire.number, KvWire(self.layout, shape, i_send=True, sizes=self.sizes)))
 
     def finish_digest(self, compute: ComputeDigest) -> None:
         self.digests.remove(compute)
-        values = [self.memory[compute.message.layer, block] for block in compute.block_ids]
+        values = [self.memory[cell] for cell in cells_of(compute.extents)]
         self.tell_receiver(Digested(compute.message, digest_of(values)))
 
-    def finish_sender_digest(self, sender: SenderProcess, compute: ComputeDigest) -> None:
+    def finish_sender_digest(self, sender: SenderProcess, compute: PostSend) -> None:
         sender.digests.remove(compute)
         sender.reading -= 1
-        values = [self.truth[compute.message.layer][block] for block in compute.block_ids]
+        values = [self.truth[layer][block] for layer, block in cells_of(compute.extents)]
         self.tell_sender(sender, Digested(compute.message, digest_of(values)))
 
     def deliver_to_receiver(self, wire: Wire) -> None:
@@ -270,9 +320,7 @@ class World:
         if len(source) == len(target):
             half = len(source) // 2
             is_rest = message in wire.half_written
-            self.write(
-                message.layer, source[half:] if is_rest else source[:half], target[half:] if is_rest else target[:half]
-            )
+            self.write(*((source[half:], target[half:]) if is_rest else (source[:half], target[:half])))
             if not is_rest:
                 wire.half_written.add(message)
                 return
@@ -287,14 +335,14 @@ class World:
         for tell in done:
             tell()
 
-    def write(self, layer: int, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+    def write(self, source: list[Cell], target: list[Cell]) -> None:
         assert not self.received or not target, "a block was written after its expectation had ended"
         for block, place in zip(source, target, strict=True):
-            value = self.truth[layer][block]
+            value = self.truth[block[0]][block[1]]
             if self.corruptions and self.are_faults_on and self.rng.random() < 0.05:
                 self.corruptions -= 1
                 value ^= 1
-            self.memory[layer, place] = value
+            self.memory[place] = value
 
     def close(self, wire: Wire, side: Side) -> None:
         """One side's link ends: first its messages, then the link."""
@@ -339,7 +387,8 @@ class World:
     # Carrying out.
 
     def tell_receiver(
-        self, event: Expect | CancelExpectation | FrameReceived | MessageDone | Digested | LinkLost | Tick
+        self,
+        event: Expect | CancelExpectation | FrameReceived | LinkGreeted | MessageDone | Digested | LinkLost | Tick,
     ) -> None:
         for instruction in self.receiver.on(event, self.now):
             self.carry_out_for_receiver(instruction)
@@ -352,7 +401,8 @@ class World:
                 wire = self.wires[instruction.message.link - 1]
                 assert not self.received, "a receive was posted after the end"
                 if wire.far.is_open and not wire.far.is_aborting:
-                    wire.far.posted[instruction.message] = instruction.block_ids
+                    assert instruction.nbytes == 2 * len(cells_of(instruction.extents))
+                    wire.far.posted[instruction.message] = cells_of(instruction.extents)
                 else:
                     self.tell_receiver(MessageDone(instruction.message, OSError("gone")))
             case ComputeDigest():
@@ -391,14 +441,16 @@ class World:
             case PostSend():
                 wire = self.wires[instruction.message.link - 1]
                 sender.reading += 1
+                if instruction.extents:
+                    sender.reading += 1
+                    sender.digests.append(instruction)
                 if wire.near.is_open and not wire.near.is_aborting:
-                    wire.near.posted[instruction.message] = instruction.block_ids
+                    wire.near.posted[instruction.message] = cells_of(instruction.extents)
                 else:
                     sender.reading -= 1
                     self.tell_sender(sender, MessageDone(instruction.message, OSError("gone")))
-            case ComputeDigest():
-                sender.reading += 1
-                sender.digests.append(instruction)
+            case PlanSend():
+                assert all(nbytes == 2 * len(cells_of(extents)) for _, extents, nbytes in instruction.messages)
             case AbortLink():
                 self.wires[instruction.link - 1].near.is_aborting = True
             case Dial():
@@ -421,13 +473,14 @@ class World:
         assert not self.received, "ended twice"
         self.received.append(end)
         assert not any(wire.far.posted for wire in self.wires), "blocks were given back while a receive was posted"
-        good = end.good_blocks
-        assert 0 <= good <= len(self.block_ids)
+        good = end.good_token
+        assert 0 <= good <= self.blocks
         for layer in range(LAYERS):
-            there = [self.memory[layer, block] for block in self.block_ids[:good]]
-            assert there == self.truth[layer][self.first_block : self.first_block + good], "a good block is wrong"
+            first, block_ids = self.groups[self.layout.layers[layer].group]
+            there = [self.memory[layer, block] for block in block_ids[: max(0, good - first)]]
+            assert there == self.truth[layer][first : max(first, good)], "a good block is wrong"
         if end.is_landed:
-            assert good == len(self.block_ids)
+            assert good == self.blocks
             assert not end.reason
         else:
             assert end.reason in ("timeout", "cancelled", "digest", "sender_failed", "link_lost", "stalled"), end.reason

@@ -7,10 +7,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
-from transport_rig import DECODE_EPOCH, MakePair, Pair, differing_blocks, make_layout, make_transport, until
+from transport_rig import (
+    BLOCK_TOKENS,
+    DECODE_EPOCH,
+    MakePair,
+    Pair,
+    blocks_bytes,
+    chunk,
+    differing_blocks,
+    make_layout,
+    make_transport,
+    send_order,
+    until,
+)
 
-from hocket.transport import Chunk, HandoffKey, Link, SendEnd, SendReleased, base, frames
+from hocket.transport import Extent, HandoffKey, Link, SendEnd, SendReleased, frames
+from hocket.transport.handoff import LinkId, MessageId
 from hocket.transport.layout import HANDOFF_PROTOCOL
+from hocket.transport.mover import tag_of
 
 
 class Peer:
@@ -31,11 +45,12 @@ class Peer:
             self.link.send_control(frames.encode(frame))
 
     def hello(self, protocol: int = HANDOFF_PROTOCOL) -> None:
-        self.say(frames.Hello(protocol, "by hand", b"n" * 16, self.pair.source.layout.fingerprint(), 3))
+        layout = self.pair.source.layout
+        self.say(frames.Hello(protocol, "by hand", b"n" * 16, layout.fingerprint(), 3, layout.shape))
 
     def claim(self, key: HandoffKey, blocks: int, *, fingerprint: str = "", epoch: int = DECODE_EPOCH) -> None:
         fingerprint = fingerprint or self.pair.source.layout.fingerprint()
-        self.say(frames.Claim(frames.WireKey.of(key), blocks, fingerprint, epoch))
+        self.say(frames.Claim(frames.WireKey.of(key), blocks * BLOCK_TOKENS, fingerprint, epoch))
 
     async def next(self, kind: type[frames.Frame]) -> frames.Frame:
         await until(lambda: any(isinstance(frame, kind) for frame in self.heard))
@@ -48,12 +63,20 @@ class Peer:
         return grant
 
     def send(self, transfer: int, chunk: int, layer: int, block_ids: list[int]) -> None:
-        buffers = self.pair.source.buffers(layer, block_ids)
-        self.link.post_send(frames.message_tag(transfer, chunk, layer), buffers, lambda error: None)
+        buffers = self.pair.source.buffers([Extent(layer, tuple(block_ids))])
+        tag = tag_of(MessageId(HandoffKey(b"", 0, 0), LinkId(0), transfer, chunk, layer))
+        self.link.post_send(tag, buffers, lambda error: None)
+
+    def start_chunk(self, transfer: int, number: int, first_block: int, blocks: int) -> None:
+        """One message for each layer."""
+        end_token = (first_block + blocks) * BLOCK_TOKENS
+        self.say(frames.ChunkStart(transfer, number, first_block * BLOCK_TOKENS, end_token, 1))
 
     def digests(self, block_ids: list[int]) -> bytes:
-        layers = range(len(self.pair.source.layout.layer_names))
-        return b"".join(self.pair.source.digest(layer, block_ids).to_bytes(8, "little") for layer in layers)
+        layers = range(len(self.pair.source.layout.layers))
+        return b"".join(
+            self.pair.source.digest([Extent(layer, tuple(block_ids))]).to_bytes(8, "little") for layer in layers
+        )
 
 
 ByHand = Callable[[Pair], Awaitable[Peer]]
@@ -95,7 +118,7 @@ async def test_another_layout_is_refused(make_pair: MakePair) -> None:
     key = pair.key()
     pair.expect(key, range(4))
     other = make_layout(model="another/model").fingerprint()
-    order = base.SendOrder(key, pair.decode.addresses, DECODE_EPOCH, other, 4, 5.0)
+    order = send_order(key, pair.decode.addresses, other, 4, epoch=DECODE_EPOCH, timeout_s=5.0)
     pair.prefill.open(order, pair.ends.sent.append)
     assert await refused(pair) == "refused:fingerprint"
 
@@ -141,7 +164,7 @@ async def test_nobody_comes_and_the_expectation_times_out(make_pair: MakePair) -
     pair = await make_pair()
     pair.expect(pair.key(), range(4), timeout_s=0.3)
     await until(lambda: pair.ends.received)
-    assert (pair.ends.received[0].reason, pair.ends.received[0].good_blocks) == ("timeout", 0)
+    assert (pair.ends.received[0].reason, pair.ends.received[0].good_token // BLOCK_TOKENS) == ("timeout", 0)
 
 
 async def test_an_engine_that_never_finishes_times_out_on_both_sides(make_pair: MakePair) -> None:
@@ -149,7 +172,7 @@ async def test_an_engine_that_never_finishes_times_out_on_both_sides(make_pair: 
     key = pair.key()
     pair.expect(key, range(4), timeout_s=5.0)
     pair.open(key, 4, timeout_s=0.3)
-    pair.prefill.announce(key, Chunk(0, (0, 1, 2, 3), is_last=True))
+    pair.prefill.announce(key, chunk(0, (0, 1, 2, 3)))
     assert await refused(pair) == "timeout"
     await until(lambda: pair.ends.received)
     assert pair.ends.received[0].reason == "sender_failed"
@@ -161,12 +184,12 @@ async def test_one_flipped_byte_is_sent_again(make_pair: MakePair) -> None:
     pair.decode_transport.faults.corrupt_messages = 1
     pair.expect(key, range(10))
     pair.open(key, 10)
-    pair.push(key, range(5), is_last=False)
+    pair.push(key, range(5))
     pair.push(key, range(5, 10), first_block=5)
     await pair.both_ended()
     assert pair.ends.received[0].is_landed
     assert differing_blocks(pair.source, range(10), pair.target, range(10)) == []
-    assert pair.prefill.stats.kv_bytes_sent > 10 * pair.source.layout.block_bytes
+    assert pair.prefill.stats.kv_bytes_sent > blocks_bytes(pair.source, 10)
 
 
 async def test_a_link_that_always_corrupts_never_lands_and_keeps_the_good_prefix(make_pair: MakePair) -> None:
@@ -174,13 +197,13 @@ async def test_a_link_that_always_corrupts_never_lands_and_keeps_the_good_prefix
     key = pair.key()
     pair.expect(key, range(10))
     pair.open(key, 10)
-    pair.push(key, range(5), is_last=False)
-    await until(lambda: pair.decode.stats.kv_bytes_received == 5 * pair.source.layout.block_bytes)
+    pair.push(key, range(5))
+    await until(lambda: pair.decode.stats.kv_bytes_received == blocks_bytes(pair.source, 5))
     pair.decode_transport.faults.corrupt_messages = 1000
     pair.push(key, range(5, 10), first_block=5)
     await pair.both_ended()
     end = pair.ends.received[0]
-    assert (end.is_landed, end.reason, end.good_blocks) == (False, "digest", 5)
+    assert (end.is_landed, end.reason, end.good_token // BLOCK_TOKENS) == (False, "digest", 5)
     assert pair.ends.send_end is not None
     assert pair.ends.send_end.reason == "refused:digest"
     assert differing_blocks(pair.source, range(5), pair.target, range(5)) == []
@@ -191,14 +214,14 @@ async def test_a_lost_link_is_dialled_again_and_only_the_rest_is_sent(make_pair:
     key = pair.key()
     pair.expect(key, range(10))
     pair.open(key, 10)
-    pair.push(key, range(6), is_last=False)
-    await until(lambda: pair.decode.stats.kv_bytes_received == 6 * pair.source.layout.block_bytes)
+    pair.push(key, range(6))
+    await until(lambda: pair.decode.stats.kv_bytes_received == blocks_bytes(pair.source, 6))
     await asyncio.sleep(0)
     pair.decode_transport.faults.cut()
     pair.push(key, range(6, 10), first_block=6)
     await pair.both_ended()
     assert pair.ends.received[0].is_landed
-    assert pair.prefill.stats.kv_bytes_sent == 10 * pair.source.layout.block_bytes
+    assert pair.prefill.stats.kv_bytes_sent == blocks_bytes(pair.source, 10)
     assert differing_blocks(pair.source, range(10), pair.target, range(10)) == []
 
 
@@ -209,7 +232,7 @@ async def test_a_newer_delivery_takes_over_while_the_old_writer_hangs(make_pair:
     old = await by_hand(pair)
     old.hello()
     grant = await old.granted(old_key, 10)
-    old.say(frames.ChunkStart(grant.transfer, 0, 0, 10))
+    old.start_chunk(grant.transfer, 0, 0, 10)
     old.send(grant.transfer, 0, 1, list(range(50, 60)))
     await until(lambda: pair.decode.stats.kv_bytes_received)
     new_key = HandoffKey(old_key.token, 1, 2)
@@ -248,13 +271,13 @@ async def test_a_silent_writer_is_dropped_and_its_good_blocks_stay(make_pair: Ma
     silent = await by_hand(pair)
     silent.hello()
     grant = await silent.granted(key, 10)
-    silent.say(frames.ChunkStart(grant.transfer, 0, 0, 4))
+    silent.start_chunk(grant.transfer, 0, 0, 4)
     for layer in range(4):
         silent.send(grant.transfer, 0, layer, [4, 5, 6, 7])
     silent.say(frames.ChunkDone(grant.transfer, 0, silent.digests([4, 5, 6, 7])))
     await until(lambda: silent.is_lost)
     await until(lambda: pair.ends.received)
-    assert (pair.ends.received[0].reason, pair.ends.received[0].good_blocks) == ("stalled", 4)
+    assert (pair.ends.received[0].reason, pair.ends.received[0].good_token // BLOCK_TOKENS) == ("stalled", 4)
     assert differing_blocks(pair.source, [4, 5, 6, 7], pair.target, range(4)) == []
 
 
@@ -293,7 +316,8 @@ async def test_a_chunk_out_of_its_place_drops_the_link(
     peer = await by_hand(pair)
     peer.hello()
     grant = await peer.granted(key, 10)
-    peer.say(*(frames.ChunkStart(grant.transfer, *chunk) for chunk in chunks))
+    for number, first_block, blocks in chunks:
+        peer.start_chunk(grant.transfer, number, first_block, blocks)
     await until(lambda: peer.is_lost)
     await until(lambda: pair.ends.received)
     assert pair.ends.received[0].reason == "sender_failed"
@@ -340,9 +364,10 @@ async def test_frames_of_a_foreign_transfer_have_no_effect(make_pair: MakePair, 
     owner.hello()
     stranger.hello()
     grant = await owner.granted(key, 10)
-    stranger.say(frames.ChunkStart(grant.transfer, 0, 0, 10), frames.Done(grant.transfer))
+    stranger.start_chunk(grant.transfer, 0, 0, 10)
+    stranger.say(frames.Done(grant.transfer))
     stranger.say(frames.Failed(frames.WireKey.of(key), "mine now"))
-    owner.say(frames.ChunkStart(grant.transfer, 0, 0, 10))
+    owner.start_chunk(grant.transfer, 0, 0, 10)
     for layer in range(4):
         owner.send(grant.transfer, 0, layer, list(range(10)))
     owner.say(frames.ChunkDone(grant.transfer, 0, owner.digests(list(range(10)))), frames.Done(grant.transfer))
@@ -362,11 +387,11 @@ async def test_wrong_calls_of_the_engine_are_value_errors(make_pair: MakePair) -
     with pytest.raises(ValueError, match="open already"):
         pair.open(key, 4)
     with pytest.raises(IndexError):
-        pair.prefill.announce(key, Chunk(0, (0, 64), is_last=False))
-    with pytest.raises(ValueError, match="after 0 of 4"):
-        pair.prefill.announce(key, Chunk(1, (0, 1), is_last=False))
-    with pytest.raises(ValueError, match="last chunk ends"):
-        pair.prefill.announce(key, Chunk(0, (0, 1), is_last=True))
+        pair.prefill.announce(key, chunk(0, (0, 64)))
+    with pytest.raises(ValueError, match="after 0 of 64"):
+        pair.prefill.announce(key, chunk(1, (0, 1)))
+    with pytest.raises(ValueError, match="after 0 of 64"):
+        pair.prefill.announce(key, chunk(0, (0, 1, 2, 3, 4)))
     with pytest.raises(ValueError, match="no announced chunk"):
         pair.prefill.layer_ready(key, 0)
     pair.prefill.layer_ready(pair.key(), 0)

@@ -7,18 +7,23 @@ import threading
 
 import numpy as np
 import pytest
-from transport_rig import DECODE_EPOCH, Ends, MakePair, differing_blocks, make_layout, make_pool, make_transport, until
-
-from hocket.transport import (
-    Chunk,
-    EndpointThread,
-    Expectation,
-    HandoffEndpoint,
-    HandoffKey,
-    SendEnd,
-    SendOrder,
-    SendReleased,
+from transport_rig import (
+    BLOCK_TOKENS,
+    DECODE_EPOCH,
+    Ends,
+    MakePair,
+    blocks_bytes,
+    chunk,
+    differing_blocks,
+    expectation,
+    make_layout,
+    make_pool,
+    make_transport,
+    send_order,
+    until,
 )
+
+from hocket.transport import EndpointThread, Extent, HandoffEndpoint, HandoffKey, SendEnd, SendReleased
 
 SCHEMES = ["inproc", "tcp", "ucx"]
 
@@ -38,11 +43,13 @@ async def test_every_byte_of_scattered_blocks_arrives(make_pair: MakePair, schem
     pair.push(key, from_ids)
     await pair.both_ended()
     assert pair.ends.received[0].is_landed
-    assert pair.ends.received[0].good_blocks == 40
-    assert pair.ends.sent == [SendReleased(key), SendEnd(key, True, 40 * pair.source.layout.block_bytes)]
+    assert pair.ends.received[0].good_token // BLOCK_TOKENS == 40
+    assert pair.ends.sent == [SendReleased(key), SendEnd(key, True, blocks_bytes(pair.source, 40))]
     assert differing_blocks(pair.source, from_ids, pair.target, to_ids) == []
     untouched = sorted(set(range(64)) - set(to_ids))
-    assert not any(pair.target.buffers(layer, untouched)[0].any() for layer in range(4)), "a foreign block was written"
+    for layer in range(4):
+        rest = pair.target.buffers([Extent(layer, tuple(untouched))])
+        assert not any(view.any() for view in rest), "a foreign block was written"
 
 
 async def test_large_blocks_are_digested_on_a_thread(make_pair: MakePair, scheme: str) -> None:
@@ -60,11 +67,11 @@ async def test_chunks_layers_and_announcements_may_come_before_the_grant(make_pa
     pair = await make_pair(scheme)
     key = pair.key()
     pair.open(key, 10)
-    pair.push(key, [1, 2, 3], first_block=0, is_last=False)
-    pair.push(key, [9], first_block=3, is_last=False)
+    pair.push(key, [1, 2, 3], first_block=0)
+    pair.push(key, [9], first_block=3)
     await asyncio.sleep(0)
     pair.expect(key, range(20, 30))
-    pair.prefill.announce(key, Chunk(4, (4, 5, 6, 7, 8, 10), is_last=True))
+    pair.prefill.announce(key, chunk(4, (4, 5, 6, 7, 8, 10)))
     for layer in (3, 1, 0, 2):
         await asyncio.sleep(0)
         pair.prefill.layer_ready(key, layer)
@@ -79,11 +86,11 @@ async def test_a_prefix_that_decode_has_is_not_sent(make_pair: MakePair, scheme:
     key = pair.key()
     pair.expect(key, [30, 31], first_block=5)
     pair.open(key, 8)
-    pair.push(key, [0, 1, 2], first_block=0, is_last=False)
+    pair.push(key, [0, 1, 2], first_block=0)
     pair.push(key, [3, 4, 5, 6, 7], first_block=3)
     await pair.both_ended()
     assert pair.ends.received[0].is_landed
-    assert pair.ends.send_end == SendEnd(key, True, 2 * pair.source.layout.block_bytes)
+    assert pair.ends.send_end == SendEnd(key, True, blocks_bytes(pair.source, 2))
     assert differing_blocks(pair.source, [5, 6], pair.target, [30, 31]) == []
 
 
@@ -96,6 +103,22 @@ async def test_a_prompt_that_decode_has_already_lands_without_a_byte(make_pair: 
     await pair.both_ended()
     assert pair.ends.received[0].is_landed
     assert pair.ends.send_end == SendEnd(key, True, 0)
+
+
+async def test_of_a_prompt_that_decode_has_already_nothing_need_be_computed(make_pair: MakePair, scheme: str) -> None:
+    pair = await make_pair(scheme)
+    early, late = pair.key(), pair.key()
+    pair.open(early, 3)
+    await until(lambda: bool(pair.prefill.stats.links))
+    pair.expect(early, [], first_block=3)
+    pair.expect(late, [], first_block=3)
+    assert [end.is_landed for end in pair.ends.received] == [True, True]
+    pair.open(late, 3)
+    await until(lambda: len(pair.ends.sent) == 4)
+    assert {event for event in pair.ends.sent if isinstance(event, SendEnd)} == {
+        SendEnd(early, True, 0),
+        SendEnd(late, True, 0),
+    }
 
 
 async def test_many_hand_offs_share_one_link(make_pair: MakePair, scheme: str) -> None:
@@ -112,9 +135,7 @@ async def test_many_hand_offs_share_one_link(make_pair: MakePair, scheme: str) -
     assert differing_blocks(pair.source, from_ids, pair.target, list(range(128))) == []
     assert len(pair.decode.stats.links) == 1
     assert pair.decode.stats.received["landed"] == 16
-    assert (
-        pair.decode.stats.kv_bytes_received == pair.prefill.stats.kv_bytes_sent == 128 * pair.source.layout.block_bytes
-    )
+    assert pair.decode.stats.kv_bytes_received == pair.prefill.stats.kv_bytes_sent == blocks_bytes(pair.source, 128)
 
 
 async def test_abort_before_the_last_chunk_frees_both_sides_and_keeps_the_link(
@@ -124,16 +145,16 @@ async def test_abort_before_the_last_chunk_frees_both_sides_and_keeps_the_link(
     key = pair.key()
     pair.expect(key, range(10))
     pair.open(key, 10)
-    pair.push(key, [0, 1, 2, 3], is_last=False)
-    pair.prefill.announce(key, Chunk(4, (4, 5, 6, 7, 8, 9), is_last=True))
+    pair.push(key, [0, 1, 2, 3])
+    pair.prefill.announce(key, chunk(4, (4, 5, 6, 7, 8, 9)))
     pair.prefill.layer_ready(key, 2)
-    await until(lambda: pair.prefill.stats.kv_bytes_sent >= 4 * pair.source.layout.block_bytes)
+    await until(lambda: pair.prefill.stats.kv_bytes_sent >= blocks_bytes(pair.source, 4))
     pair.prefill.abort(key, "aborted")
     await pair.both_ended()
     assert pair.ends.send_end is not None
     assert (pair.ends.send_end.is_landed, pair.ends.send_end.reason) == (False, "aborted")
     end = pair.ends.received[0]
-    assert (end.is_landed, end.reason, end.good_blocks) == (False, "sender_failed", 4)
+    assert (end.is_landed, end.reason, end.good_token // BLOCK_TOKENS) == (False, "sender_failed", 4)
     assert differing_blocks(pair.source, range(4), pair.target, range(4)) == []
     assert pair.decode.stats.links_lost == 0
 
@@ -143,8 +164,8 @@ async def test_cancel_stops_the_sender_and_keeps_the_link(make_pair: MakePair, s
     key = pair.key()
     pair.expect(key, range(10))
     pair.open(key, 10)
-    pair.push(key, [0, 1, 2, 3], is_last=False)
-    pair.prefill.announce(key, Chunk(4, (4, 5, 6, 7, 8, 9), is_last=True))
+    pair.push(key, [0, 1, 2, 3])
+    pair.prefill.announce(key, chunk(4, (4, 5, 6, 7, 8, 9)))
     await until(lambda: pair.decode.stats.kv_bytes_received)
     pair.decode.cancel(key.token)
     await pair.both_ended()
@@ -167,7 +188,7 @@ async def test_closing_an_endpoint_ends_everything_on_both_sides(make_pair: Make
     pair.expect(waiting, range(10, 20))
     pair.expect(running, range(10))
     pair.open(running, 10)
-    pair.push(running, [0, 1, 2, 3], is_last=False)
+    pair.push(running, [0, 1, 2, 3])
     await until(lambda: pair.decode.stats.kv_bytes_received)
     async with asyncio.timeout(5.0):
         await pair.decode.aclose()
@@ -182,7 +203,7 @@ async def test_the_next_address_is_tried_when_the_first_does_not_answer(make_pai
     key = pair.key()
     pair.expect(key, range(2))
     addresses = ("pigeon://10.0.0.1:1", f"{scheme}://127.0.0.1:1", *pair.decode.addresses)
-    order = SendOrder(key, addresses, DECODE_EPOCH, pair.source.layout.fingerprint(), 2, 10.0)
+    order = send_order(key, addresses, pair.source.layout.fingerprint(), 2, epoch=DECODE_EPOCH, timeout_s=10.0)
     pair.prefill.open(order, pair.ends.sent.append)
     pair.push(key, [4, 5])
     await pair.both_ended()
@@ -192,7 +213,9 @@ async def test_the_next_address_is_tried_when_the_first_does_not_answer(make_pai
 async def test_an_order_to_nobody_ends_as_link_lost(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme)
     key = pair.key()
-    order = SendOrder(key, (f"{scheme}://127.0.0.1:1",), DECODE_EPOCH, pair.source.layout.fingerprint(), 2, 10.0)
+    order = send_order(
+        key, (f"{scheme}://127.0.0.1:1",), pair.source.layout.fingerprint(), 2, epoch=DECODE_EPOCH, timeout_s=10.0
+    )
     pair.prefill.open(order, pair.ends.sent.append)
     pair.push(key, [4, 5])
     await until(lambda: pair.ends.send_end)
@@ -215,11 +238,11 @@ def test_two_endpoints_on_threads_of_their_own(scheme: str) -> None:
     addresses = receiver.start()
     assert sender.start() == ()
     key = HandoffKey(b"t" * 16, 1, 1)
-    expectation = Expectation(key.token, 1, 0, tuple(range(16)), 10.0)
-    receiver.call(receiver.endpoint.expect, expectation, lambda end: (ends.received.append(end), both.release()))
-    order = SendOrder(key, addresses, DECODE_EPOCH, layout.fingerprint(), 16, 10.0)
+    expected = expectation(key.token, 1, 0, tuple(range(16)), 10.0)
+    receiver.call(receiver.endpoint.expect, expected, lambda end: (ends.received.append(end), both.release()))
+    order = send_order(key, addresses, layout.fingerprint(), 16, epoch=DECODE_EPOCH, timeout_s=10.0)
     sender.call(sender.endpoint.open, order, lambda event: (ends.sent.append(event), both.release()))
-    sender.call(sender.endpoint.announce, key, Chunk(0, tuple(range(16)), is_last=True))
+    sender.call(sender.endpoint.announce, key, chunk(0, tuple(range(16))))
     for layer in range(4):
         sender.call(sender.endpoint.layer_ready, key, layer)
     for _ in range(3):

@@ -11,7 +11,8 @@ import pytest
 import pytest_asyncio
 from transport_rig import make_transport, until
 
-from hocket.transport import Buffer, Link, LinkLost, Listener, Transport
+from hocket.transport import Link, LinkLost, Listener, Transport
+from hocket.transport.base import DeviceBuffer, HostBuffer, Place
 from hocket.transport.frames import FRAME_BYTES_MAX
 
 SCHEMES = ["inproc", "tcp", "ucx"]
@@ -34,11 +35,14 @@ class End:
         self.lost.append(error)
         self.order.append("lost")
 
-    def send(self, tag: int, buffers: Sequence[Buffer]) -> None:
+    def send(self, tag: int, buffers: Sequence[HostBuffer]) -> None:
         self.link.post_send(tag, buffers, lambda error: self._on_done(tag, error))
 
-    def receive(self, tag: int, buffers: Sequence[Buffer]) -> None:
-        self.link.post_receive(tag, buffers, lambda error: self._on_done(tag, error))
+    def receive(self, tag: int, buffers: Sequence[HostBuffer]) -> None:
+        self.receive_into(tag, Place.of(buffers))
+
+    def receive_into(self, tag: int, place: Place) -> None:
+        self.link.post_receive(tag, place, lambda error: self._on_done(tag, error))
 
     def _on_done(self, tag: int, error: BaseException | None) -> None:
         assert tag not in self.done, "done was called twice"
@@ -78,7 +82,7 @@ async def ends(request: pytest.FixtureRequest) -> AsyncIterator[Ends]:
         await listening.aclose()
 
 
-def scattered(pattern: Sequence[int], seed: int | None = None) -> list[Buffer]:
+def scattered(pattern: Sequence[int], seed: int | None = None) -> list[HostBuffer]:
     """Buffers of these lengths with holes between them."""
     pool = np.zeros(sum(pattern) + len(pattern), np.uint8)
     if seed is not None:
@@ -87,7 +91,7 @@ def scattered(pattern: Sequence[int], seed: int | None = None) -> list[Buffer]:
     return [pool[start : start + length] for start, length in zip(starts, pattern, strict=True)]
 
 
-def joined(buffers: Sequence[Buffer]) -> bytes:
+def joined(buffers: Sequence[HostBuffer]) -> bytes:
     return b"".join(bytes(buffer) for buffer in buffers)
 
 
@@ -209,6 +213,124 @@ async def test_abort_ends_everything_that_is_outstanding_before_it_says_lost(end
     assert len(ends.far.lost) == len(ends.near.lost) == 1
 
 
+@dataclass
+class Slots:
+    """A few equal buffers that messages take when they come."""
+
+    buffers: list[HostBuffer]
+    asked: list[int] = field(default_factory=list)  # tags, in order
+    taken: dict[int, HostBuffer] = field(default_factory=dict)
+
+    def place(self, tag: int, nbytes: int) -> Place:
+        return Place(nbytes, lambda: self._take(tag))
+
+    def _take(self, tag: int) -> list[HostBuffer] | None:
+        self.asked.append(tag)
+        if not self.buffers:
+            return None
+        self.taken[tag] = self.buffers.pop()
+        return [self.taken[tag]]
+
+
+@pytest.mark.parametrize("nbytes", [100, 1 << 17, 3 << 20])
+async def test_a_place_without_room_is_asked_again_when_told_and_not_before(ends: Ends, nbytes: int) -> None:
+    slots, source = Slots([]), scattered([nbytes], seed=3)
+    ends.far.receive_into(1, slots.place(1, nbytes))
+    ends.near.send(1, source)
+    await until(lambda: slots.asked)
+    for _ in range(20):  # What else happens on the link asks nothing again.
+        ends.far.link.send_control(b"still no room")
+        await until(lambda: len(ends.near.controls) == 1)
+        ends.near.controls.clear()
+    assert slots.asked == [1]
+    ends.far.link.retry_receives()
+    await until(lambda: slots.asked == [1, 1])
+    slots.buffers += scattered([nbytes])
+    ends.far.link.retry_receives()
+    await until(lambda: 1 in ends.far.done and 1 in ends.near.done)
+    assert ends.far.done[1] is None
+    assert ends.near.done[1] is None
+    assert slots.asked == [1, 1, 1], "buffers were given once"
+    assert joined([slots.taken[1]]) == joined(source)
+
+
+async def test_a_place_is_asked_for_only_when_its_message_comes(ends: Ends) -> None:
+    slots = Slots(scattered([1 << 17]))
+    ends.far.receive_into(1, slots.place(1, 1 << 17))
+    ends.far.receive_into(2, slots.place(2, 1 << 17))
+    ends.far.link.retry_receives()
+    ends.near.send(2, scattered([1 << 17], seed=1))
+    await until(lambda: 2 in ends.far.done)
+    assert slots.asked == [2]
+
+
+@pytest.mark.parametrize("nbytes", [100, 1 << 17])
+async def test_messages_that_wait_for_room_get_it_in_the_order_of_their_coming(ends: Ends, nbytes: int) -> None:
+    slots, count = Slots([]), 6
+    for tag in reversed(range(count)):
+        ends.far.receive_into(tag, slots.place(tag, nbytes))
+    for tag in range(count):
+        ends.near.send(tag, scattered([nbytes], seed=tag))
+    await until(lambda: slots.asked)
+    assert slots.asked[0] == 0
+    for tag in range(count):
+        slots.buffers += scattered([nbytes])
+        ends.far.link.retry_receives()
+        await until(lambda tag=tag: tag in ends.far.done)
+        assert list(slots.taken) == list(range(tag + 1))
+    assert all(joined([slots.taken[tag]]) == joined(scattered([nbytes], seed=tag)) for tag in range(count))
+
+
+async def test_one_that_waits_for_room_does_not_hold_up_another_link(ends: Ends) -> None:
+    links: list[Link] = []
+    listener = await ends.transports[1].listen("127.0.0.1", links.append)
+    other = End(await ends.transports[0].connect(listener.address, timeout_s=5.0))
+    other.start()
+    await until(lambda: links)
+    far = End(links[0])
+    far.start()
+    slots = Slots([])
+    ends.far.receive_into(1, slots.place(1, 1 << 20))
+    ends.near.send(1, scattered([1 << 20], seed=1))
+    await until(lambda: slots.asked)
+    target = scattered([1 << 20])
+    far.receive(1, target)
+    other.send(1, scattered([1 << 20], seed=2))
+    await until(lambda: 1 in far.done)
+    assert joined(target) == joined(scattered([1 << 20], seed=2))
+    assert 1 not in ends.far.done
+    await other.link.abort()
+    await until(lambda: far.lost)
+    await listener.aclose()
+
+
+@pytest.mark.parametrize("nbytes", [100, 1 << 17])
+@pytest.mark.parametrize("who", ["near", "far"])
+async def test_abort_ends_what_waits_for_room(ends: Ends, nbytes: int, who: str) -> None:
+    slots = Slots([])
+    for tag in range(3):
+        ends.far.receive_into(tag, slots.place(tag, nbytes))
+        ends.near.send(tag, scattered([nbytes], seed=tag))
+    await until(lambda: slots.asked)
+    async with asyncio.timeout(5.0):
+        await (ends.near if who == "near" else ends.far).link.abort()
+    await until(lambda: ends.far.lost and ends.near.lost)
+    assert all(isinstance(ends.far.done[tag], LinkLost) for tag in range(3))
+    assert len(ends.near.done) == 3
+    asked = list(slots.asked)
+    slots.buffers += scattered([nbytes])
+    ends.far.link.retry_receives()
+    await asyncio.sleep(0)
+    assert slots.asked == asked, "a lost link asked for a place"
+
+
+async def test_a_link_that_moves_no_device_memory_says_so(ends: Ends) -> None:
+    owner = np.zeros(1 << 16, np.uint8)
+    assert not ends.near.link.moves_device_memory  # This machine has no GPU.
+    with pytest.raises(TypeError, match="device memory"):
+        ends.near.link.post_send(1, [DeviceBuffer(owner.ctypes.data, owner.nbytes, owner)], lambda error: None)
+
+
 async def test_nothing_can_be_posted_on_a_lost_link(ends: Ends) -> None:
     await ends.near.link.abort()
     await until(lambda: ends.far.lost)
@@ -218,7 +340,7 @@ async def test_nothing_can_be_posted_on_a_lost_link(ends: Ends) -> None:
         with pytest.raises(LinkLost):
             end.link.post_send(1, [], lambda error: None)
         with pytest.raises(LinkLost):
-            end.link.post_receive(1, [], lambda error: None)
+            end.link.post_receive(1, Place.of([]), lambda error: None)
     await ends.near.link.abort()
     assert len(ends.near.lost) == 1
 

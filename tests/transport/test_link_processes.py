@@ -18,6 +18,7 @@ import pytest_asyncio
 from transport_rig import make_transport, until
 
 from hocket.transport import Link, LinkLost
+from hocket.transport.base import Place
 
 CHILD = Path(__file__).parent / "link_child.py"
 SCHEMES = ["tcp", "ucx"]
@@ -81,7 +82,7 @@ async def receive() -> AsyncIterator[Receive]:
         receiving = Receiving(links[0], child, rows, stop_after=stop_after)
         state.append(receiving)
         for tag in range(messages):
-            links[0].post_receive(tag, list(rows[tag, ::2]), receiving.on_done)
+            links[0].post_receive(tag, Place.of(list(rows[tag, ::2])), receiving.on_done)
         return receiving
 
     yield begin

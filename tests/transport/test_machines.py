@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hocket.transport import frames
-from hocket.transport.base import Expectation, HandoffKey, SendOrder
+from hocket.transport.base import Expectation, GroupBlocks, HandoffKey, SendOrder
 from hocket.transport.handoff import (
     HOLD_S,
     AbortLink,
@@ -12,21 +12,28 @@ from hocket.transport.handoff import (
     Expect,
     FrameReceived,
     Instruction,
+    LinkGreeted,
     LinkId,
     LinkUp,
     OpenOrder,
     SendFrame,
     Tick,
 )
+from hocket.transport.layout import KvLayer, KvLayout, KvShape
 from hocket.transport.receiver import HELD_CLAIMS_MAX, SPENT_TOKENS_MAX, Receiver
 from hocket.transport.sender import Sender
+from hocket.transport.wire import Wire
 
-FINGERPRINT = "0" * 32
+LAYOUT = KvLayout("m", "r", "u8", "u8", (KvLayer("0", 1, 8), KvLayer("1", 1, 8)), KvShape((1,)))
+FINGERPRINT = LAYOUT.fingerprint()
 LINK = LinkId(1)
 
 
 def make_receiver() -> Receiver:
-    return Receiver(layer_block_bytes=(8, 8), fingerprint=FINGERPRINT, epoch=4)
+    receiver = Receiver(LAYOUT, epoch=4)
+    for link in (LINK, LinkId(2)):
+        receiver.on(LinkGreeted(link, Wire(LAYOUT, LAYOUT.shape, i_send=False)), 0.0)
+    return receiver
 
 
 def claim(number: int = 0, *, delivery: int = 1, link: LinkId = LINK) -> FrameReceived:
@@ -35,7 +42,7 @@ def claim(number: int = 0, *, delivery: int = 1, link: LinkId = LINK) -> FrameRe
 
 
 def expect(number: int = 0, timeout_s: float = 30.0) -> Expect:
-    return Expect(Expectation(number.to_bytes(16, "little"), 1, 0, (5, 6), timeout_s))
+    return Expect(Expectation(number.to_bytes(16, "little"), 1, (GroupBlocks(0, (5, 6)),), 2, timeout_s))
 
 
 def said(instructions: list[Instruction]) -> list[frames.Frame]:
@@ -101,11 +108,12 @@ def test_old_spent_tokens_are_forgotten() -> None:
 
 
 def test_a_decode_worker_that_never_answers_is_given_up_after_every_try() -> None:
-    sender = Sender(layer_block_bytes=(8, 8))
+    sender = Sender(layers=2)
     key = HandoffKey(b"k" * 16, 1, 1)
     order = SendOrder(key, ("tcp://a:1", "tcp://b:1"), 4, FINGERPRINT, 2, 60.0)
     assert sender.on(OpenOrder(order), 10.0) == [Dial(key, ("tcp://a:1", "tcp://b:1"))]
-    assert [type(frame) for frame in said(sender.on(LinkUp(key, LINK), 10.0))] == [frames.Claim]
+    wire = Wire(LAYOUT, LAYOUT.shape, i_send=True)
+    assert [type(frame) for frame in said(sender.on(LinkUp(key, LINK, wire), 10.0))] == [frames.Claim]
     aborts = [i for tick in range(25) for i in sender.on(Tick(), 10.0 + tick / 10) if isinstance(i, AbortLink)]
     assert aborts == [AbortLink(LINK, "stalled")]
 
@@ -113,12 +121,12 @@ def test_a_decode_worker_that_never_answers_is_given_up_after_every_try() -> Non
 def test_frames_survive_the_wire_and_limits_hold() -> None:
     key = frames.WireKey(b"k" * 16, 1, 2)
     every: list[frames.Frame] = [
-        frames.Hello(1, "w", b"n" * 16, FINGERPRINT, 2),
+        frames.Hello(1, "w", b"n" * 16, FINGERPRINT, 2, KvShape((16, 32), "NHD", 4, 3)),
         frames.Claim(key, 3, FINGERPRINT, 4),
-        frames.Grant(key, 5, 6, 7),
+        frames.Grant(key, 5, (6, 0), 7),
         frames.Refuse(key, "busy"),
         frames.Landed(key),
-        frames.ChunkStart(1, 2, 3, 4),
+        frames.ChunkStart(1, 2, 3, 4, 5),
         frames.ChunkDone(1, 2, b"d" * 16),
         frames.Done(1),
         frames.Failed(key, "why"),
@@ -128,10 +136,14 @@ def test_frames_survive_the_wire_and_limits_hold() -> None:
     ]
     assert [frames.decode(frames.encode(frame)) for frame in every] == every
     wrong: list[frames.Frame] = [
-        frames.Grant(key, frames.TRANSFERS_MAX, 6, 7),
-        frames.ChunkStart(1, frames.CHUNKS_MAX, 3, 4),
-        frames.ChunkStart(1, 0, 3, 0),
-        frames.ChunkStart(1, 0, -1, 1),
+        frames.Hello(1, "w", b"n" * 16, FINGERPRINT, 2, KvShape((0,))),
+        frames.Hello(1, "w", b"n" * 16, FINGERPRINT, 2, KvShape((16,), "NHD", 1 << 20, 3)),
+        frames.Grant(key, frames.TRANSFERS_MAX, (6,), 7),
+        frames.Grant(key, 1, (), 7),
+        frames.Grant(key, 1, (0,) * 100, 7),
+        frames.ChunkStart(1, frames.CHUNKS_MAX, 3, 4, 1),
+        frames.ChunkStart(1, 0, 3, 4, 0),
+        frames.ChunkStart(1, 0, -1, 1, 1),
         frames.ChunkDone(1, 2, b"d" * (8 * frames.LAYERS_MAX + 1)),
         frames.Claim(frames.WireKey(b"short", 1, 2), 3, FINGERPRINT, 4),
         frames.Failed(key, "x" * 1000),

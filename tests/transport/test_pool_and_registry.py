@@ -9,16 +9,23 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import uvloop
-from transport_rig import DECODE_EPOCH, differing_blocks, make_layout, make_pool, make_transport
+from transport_rig import (
+    DECODE_EPOCH,
+    chunk,
+    differing_blocks,
+    expectation,
+    make_layout,
+    make_pool,
+    make_transport,
+    send_order,
+)
 
 from hocket.transport import (
-    Chunk,
-    Expectation,
+    Extent,
     HandoffEndpoint,
     HandoffKey,
     HostKvPool,
     ReceiveEnd,
-    SendOrder,
     TransportUnavailable,
     installed_schemes,
     open_transports,
@@ -29,33 +36,36 @@ from hocket.transport.registry import start_transports
 def test_neighbouring_blocks_come_as_one_view_and_a_digest_does_not_see_where_blocks_lie() -> None:
     layout = make_layout(layers=2, block_bytes=64)
     pool, other = make_pool(layout, 10, seed=1), make_pool(layout, 10)
-    assert [view.nbytes for view in pool.buffers(0, [4, 5, 6, 9, 8, 1])] == [192, 64, 64, 64]
+    assert [view.nbytes for view in pool.buffers([Extent(0, (4, 5, 6, 9, 8, 1))])] == [192, 64, 64, 64]
     for layer in range(2):
         for source, target in zip([4, 5, 6, 9, 8, 1], [0, 9, 3, 4, 5, 2], strict=True):
-            other.buffers(layer, [target])[0][:] = pool.buffers(layer, [source])[0]
-        assert pool.digest(layer, [4, 5, 6, 9, 8, 1]) == other.digest(layer, [0, 9, 3, 4, 5, 2])
-        assert pool.digest(layer, [4, 5]) != pool.digest(layer, [5, 4])
-    assert pool.buffers(0, []) == []
+            other.buffers([Extent(layer, (target,))])[0][:] = pool.buffers([Extent(layer, (source,))])[0]
+        assert pool.digest([Extent(layer, (4, 5, 6, 9, 8, 1))]) == other.digest([Extent(layer, (0, 9, 3, 4, 5, 2))])
+        assert pool.digest([Extent(layer, (4, 5))]) != pool.digest([Extent(layer, (5, 4))])
+    assert pool.buffers([Extent(0, ())]) == []
 
 
 def test_a_view_is_the_pool_itself() -> None:
-    pool = make_pool(make_layout(layers=1, block_bytes=8), 4)
-    pool.buffers(0, [1, 2])[0][:] = 5
-    assert bytes(pool.buffers(0, [0, 1, 2, 3])[0]) == bytes(8) + b"\5" * 16 + bytes(8)
+    pool = make_pool(make_layout(layers=1, block_bytes=8, block_tokens=2), 4)
+    pool.buffers([Extent(0, (1, 2))])[0][:] = 5
+    assert bytes(pool.buffers([Extent(0, (0, 1, 2, 3))])[0]) == bytes(8) + b"\5" * 16 + bytes(8)
 
 
 @pytest.mark.parametrize("block_ids", [[-1], [4], [0, 1, 7]])
 def test_a_block_outside_of_the_pool_is_an_index_error(block_ids: list[int]) -> None:
-    pool = make_pool(make_layout(layers=1, block_bytes=8), 4)
+    pool = make_pool(make_layout(layers=1, block_bytes=8, block_tokens=2), 4)
     with pytest.raises(IndexError):
-        pool.buffers(0, block_ids)
+        pool.buffers([Extent(0, tuple(block_ids))])
 
 
 def test_rows_that_lie_apart_are_fine_and_scattered_rows_are_refused() -> None:
-    layout = make_layout(layers=1, block_bytes=8)
+    layout = make_layout(layers=1, block_bytes=8, block_tokens=2)
     memory = np.arange(4 * 24, dtype=np.uint8).reshape(4, 24)
     pool = HostKvPool(layout, [memory[:, 8:16]])
-    assert [bytes(view) for view in pool.buffers(0, [1, 2])] == [bytes(range(32, 40)), bytes(range(56, 64))]
+    assert [bytes(view) for view in pool.buffers([Extent(0, (1, 2))])] == [
+        bytes(range(32, 40)),
+        bytes(range(56, 64)),
+    ]
     with pytest.raises(ValueError, match="not contiguous"):
         HostKvPool(layout, [memory[:, ::3]])
     with pytest.raises(ValueError, match="not uint8"):
@@ -106,10 +116,10 @@ def test_both_event_loops_carry_a_hand_off(scheme: str, new_loop: Callable[[], a
         await prefill.start()
         landed = asyncio.get_running_loop().create_future()
         key = HandoffKey(os.urandom(16), 1, 1)
-        decode.expect(Expectation(key.token, 1, 0, tuple(range(0, 32, 2)), 10.0), landed.set_result)
-        order = SendOrder(key, decode.addresses, DECODE_EPOCH, layout.fingerprint(), 16, 10.0)
+        decode.expect(expectation(key.token, 1, 0, tuple(range(0, 32, 2)), 10.0), landed.set_result)
+        order = send_order(key, decode.addresses, layout.fingerprint(), 16, epoch=DECODE_EPOCH, timeout_s=10.0)
         prefill.open(order, lambda _: None)
-        prefill.announce(key, Chunk(0, tuple(range(16)), is_last=True))
+        prefill.announce(key, chunk(0, tuple(range(16))))
         for layer in range(3):
             prefill.layer_ready(key, layer)
         async with asyncio.timeout(10.0):

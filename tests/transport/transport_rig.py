@@ -13,10 +13,14 @@ import pytest
 from hocket.transport import (
     Chunk,
     Expectation,
+    Extent,
+    GroupBlocks,
     HandoffEndpoint,
     HandoffKey,
     HostKvPool,
+    KvLayer,
     KvLayout,
+    KvShape,
     ReceiveEnd,
     SendEnd,
     SendOrder,
@@ -27,6 +31,8 @@ from hocket.transport.links.inproc import InprocTransport
 from hocket.transport.links.tcp import TcpTransport
 
 LAYERS = 4
+BLOCK_TOKENS = 16
+HEADS = 2
 DECODE_EPOCH = 77
 
 
@@ -39,17 +45,52 @@ def make_transport(scheme: str) -> Transport:
     return {"inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
 
 
-def make_layout(layers: int = LAYERS, block_bytes: int = 4096, model: str = "test/model") -> KvLayout:
-    names = tuple(f"model.layers.{layer}.attn" for layer in range(layers))
-    return KvLayout(model, "main", "float32", "float32", 16, names, (block_bytes,) * layers, 2, 16)
+def make_layout(
+    layers: int = LAYERS,
+    block_bytes: int = 4096,
+    model: str = "test/model",
+    *,
+    block_tokens: int = BLOCK_TOKENS,
+    heads: int = HEADS,
+) -> KvLayout:
+    head_bytes = block_bytes // (block_tokens * heads)
+    kv_layers = tuple(KvLayer(f"model.layers.{layer}.attn", heads, head_bytes) for layer in range(layers))
+    return KvLayout(model, "main", "float32", "float32", kv_layers, KvShape((block_tokens,)))
+
+
+def expectation(
+    token: bytes, attempt: int, first_block: int, block_ids: Sequence[int], timeout_s: float
+) -> Expectation:
+    """Of whole blocks of the one group."""
+    group = GroupBlocks(first_block, tuple(block_ids))
+    end_token = (first_block + len(block_ids)) * BLOCK_TOKENS
+    return Expectation(token, attempt, (group,), end_token, timeout_s)
+
+
+def chunk(first_block: int, block_ids: Sequence[int]) -> Chunk:
+    """Of whole blocks of the one group."""
+    end_block = first_block + len(block_ids)
+    group = GroupBlocks(first_block, tuple(block_ids))
+    return Chunk(first_block * BLOCK_TOKENS, end_block * BLOCK_TOKENS, (group,))
+
+
+def send_order(
+    key: HandoffKey, addresses: Sequence[str], fingerprint: str, blocks: int, *, epoch: int, timeout_s: float = 10.0
+) -> SendOrder:
+    return SendOrder(key, tuple(addresses), epoch, fingerprint, blocks * BLOCK_TOKENS, timeout_s)
+
+
+def blocks_bytes(pool: HostKvPool, blocks: int) -> int:
+    """Bytes of so many blocks in all layers."""
+    return blocks * BLOCK_TOKENS * pool.layout.token_bytes
 
 
 def make_pool(layout: KvLayout, blocks: int, seed: int | None = None) -> HostKvPool:
     """Random bytes from `seed`; zeros without one."""
     rng = np.random.default_rng(seed)
     arrays = []
-    for block_bytes in layout.layer_block_bytes:
-        rows = np.zeros((blocks, block_bytes), np.uint8)
+    for layer in range(len(layout.layers)):
+        rows = np.zeros((blocks, layout.block_bytes(layer)), np.uint8)
         if seed is not None:
             rows[:] = rng.integers(0, 256, rows.shape, np.uint8)
         arrays.append(rows)
@@ -57,14 +98,14 @@ def make_pool(layout: KvLayout, blocks: int, seed: int | None = None) -> HostKvP
 
 
 def block_bytes(pool: HostKvPool, layer: int, block: int) -> bytes:
-    return bytes(pool.buffers(layer, [block])[0])
+    return bytes(pool.buffers([Extent(layer, (block,))])[0])
 
 
 def differing_blocks(
     source: HostKvPool, from_ids: Sequence[int], target: HostKvPool, to_ids: Sequence[int]
 ) -> list[int]:
     """Logical blocks that are not the same bytes in every layer."""
-    layers = range(len(source.layout.layer_names))
+    layers = range(len(source.layout.layers))
     return [
         index
         for index, (source_id, target_id) in enumerate(zip(from_ids, to_ids, strict=True))
@@ -109,17 +150,17 @@ class Pair:
     def expect(
         self, key: HandoffKey, block_ids: Sequence[int], *, first_block: int = 0, timeout_s: float = 10.0
     ) -> None:
-        expectation = Expectation(key.token, key.attempt, first_block, tuple(block_ids), timeout_s)
-        self.decode.expect(expectation, self.ends.received.append)
+        expected = expectation(key.token, key.attempt, first_block, block_ids, timeout_s)
+        self.decode.expect(expected, self.ends.received.append)
 
     def open(self, key: HandoffKey, blocks: int, *, epoch: int = DECODE_EPOCH, timeout_s: float = 10.0) -> None:
         fingerprint = self.source.layout.fingerprint()
-        order = SendOrder(key, self.decode.addresses, epoch, fingerprint, blocks, timeout_s)
+        order = send_order(key, self.decode.addresses, fingerprint, blocks, epoch=epoch, timeout_s=timeout_s)
         self.prefill.open(order, self.ends.sent.append)
 
-    def push(self, key: HandoffKey, block_ids: Sequence[int], *, first_block: int = 0, is_last: bool = True) -> None:
-        self.prefill.announce(key, Chunk(first_block, tuple(block_ids), is_last))
-        for layer in range(len(self.source.layout.layer_names)):
+    def push(self, key: HandoffKey, block_ids: Sequence[int], *, first_block: int = 0) -> None:
+        self.prefill.announce(key, chunk(first_block, block_ids))
+        for layer in range(len(self.source.layout.layers)):
             self.prefill.layer_ready(key, layer)
 
     async def both_ended(self, timeout_s: float = 20.0) -> None:

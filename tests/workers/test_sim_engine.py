@@ -8,6 +8,7 @@ import pytest
 from workers_rig import PairMaker, prompt_of, right_answer
 
 from hocket.bus.messages import FINISH_LENGTH, FINISH_STOP, BlockStored, KvEvent, SamplingParams
+from hocket.transport import Extent
 from hocket.workers.engines.base import BadTask, EngineDead, HandoffFailed, StepOutput
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
@@ -68,8 +69,8 @@ async def test_a_byte_flipped_after_the_check_changes_the_answer(sim_pair: PairM
     started = asyncio.Event()
     answer = asyncio.create_task(pair.answer(prompt, GREEDY, on_step=lambda _: started.set()))
     await started.wait()
-    for block in range(pair.decode.kv.pool.blocks):
-        pair.decode.kv.pool.buffers(1, [block])[0][5] ^= 0x10
+    for block in range(pair.decode.kv.blocks):
+        pair.decode.kv.pools[0].buffers([Extent(1, (block,))])[0][5] ^= 0x10
     assert (await answer)[-1] != right_answer(prompt, GREEDY)[-1]
 
 
@@ -77,8 +78,8 @@ async def test_a_stale_block_in_the_prefix_cache_changes_the_answer(sim_pair: Pa
     pair = await sim_pair()
     prompt = prompt_of(100, 4)
     await pair.answer(prompt, GREEDY)
-    for block in range(pair.decode.kv.pool.blocks):
-        pair.decode.kv.pool.buffers(0, [block])[0][0] ^= 1
+    for block in range(pair.decode.kv.blocks):
+        pair.decode.kv.pools[0].buffers([Extent(0, (block,))])[0][0] ^= 1
     assert await pair.answer(prompt, GREEDY) != right_answer(prompt, GREEDY)
 
 
@@ -162,7 +163,7 @@ async def test_blocks_of_a_cancelled_hand_off_stay_out_of_use_until_nobody_write
     task.cancel()
     await asyncio.wait([task])
     assert pair.decode.load().running == 0
-    assert pair.decode.load().kv_blocks_free == pair.decode.kv.pool.blocks - 38
+    assert pair.decode.load().kv_blocks_free == pair.decode.kv.blocks - 38
     pair.faults.resume()
     with pytest.raises(HandoffFailed):
         await prefill

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hocket.bus.messages import SamplingParams
+from hocket.transport import Extent
 from hocket.workers.engines.sim.kv import (
     ROOT_STATE,
     SimKv,
@@ -17,7 +18,7 @@ from hocket.workers.engines.sim.kv import (
     choose,
     expected_tokens,
     next_states,
-    sim_layout,
+    sim_layouts,
 )
 from hocket.workers.engines.sim.vocabulary import sim_vocabulary
 
@@ -27,28 +28,28 @@ LAYERS, BLOCK_TOKENS = 3, 4
 
 @pytest.fixture
 def kv() -> SimKv:
-    return SimKv(sim_layout("m", block_tokens=BLOCK_TOKENS, layers=LAYERS), 16)
+    return SimKv(sim_layouts("m", block_tokens=BLOCK_TOKENS, layers=LAYERS), 16)
 
 
 def write(kv: SimKv, blocks: list[int], tokens: list[int]) -> None:
     cells = cells_of(next_states(ROOT_STATE, tokens), LAYERS)
     for layer in range(LAYERS):
-        kv.write(layer, blocks, cells[layer])
+        kv.write(layer, blocks, cells[layer : layer + 1])
 
 
 def test_what_was_written_reads_as_the_expected_answer(kv: SimKv):
     tokens = random.Random(1).choices(range(100), k=11)
     write(kv, [7, 2, 9], tokens)
     vocabulary = range(10**6)
-    right = expected_tokens(tokens, GREEDY, layers=LAYERS, vocabulary=vocabulary)
+    right = expected_tokens(tokens, GREEDY, planes=LAYERS, vocabulary=vocabulary)
     assert choose(kv.read([7, 2, 9], 11), GREEDY, vocabulary) == right[0]
 
 
 def test_a_prompt_continued_by_its_answer_goes_on_the_same_way():
     tokens = [5, 6, 7]
-    answer = expected_tokens(tokens, GREEDY, layers=2, vocabulary=range(1000))
+    answer = expected_tokens(tokens, GREEDY, planes=2, vocabulary=range(1000))
     rest = expected_tokens(
-        tokens + answer[:3], SamplingParams(max_tokens=5, temperature=0.0), layers=2, vocabulary=range(1000)
+        tokens + answer[:3], SamplingParams(max_tokens=5, temperature=0.0), planes=2, vocabulary=range(1000)
     )
     assert answer[3:] == rest
 
@@ -58,7 +59,7 @@ def test_a_prompt_continued_by_its_answer_goes_on_the_same_way():
 def test_one_flipped_bit_anywhere_changes_the_answer(kv: SimKv, layer: int, position: int):
     write(kv, [0, 1, 2], list(range(11)))
     right = kv.read([0, 1, 2], 11)
-    buffer = kv.pool.buffers(layer, [position // BLOCK_TOKENS])[0]
+    buffer = kv.pools[0].buffers([Extent(layer, (position // BLOCK_TOKENS,))])[0]
     buffer[8 * (position % BLOCK_TOKENS) + 3] ^= 1
     assert kv.read([0, 1, 2], 11) != right
 
@@ -68,7 +69,7 @@ def test_swapped_layers_swapped_blocks_and_foreign_blocks_change_the_answer(kv: 
     write(kv, [3, 4, 5], [50, *range(1, 12)])
     right = kv.read([0, 1, 2], 12)
     assert len({right, kv.read([1, 0, 2], 12), kv.read([0, 4, 2], 12), kv.read([0, 1, 5], 12), kv.read([0, 1], 8)}) == 5
-    first, second = kv.pool.buffers(0, [1])[0], kv.pool.buffers(1, [1])[0]
+    first, second = kv.pools[0].buffers([Extent(0, (1,))])[0], kv.pools[0].buffers([Extent(1, (1,))])[0]
     copy = first.copy()
     first[:] = second
     second[:] = copy
@@ -89,7 +90,7 @@ def test_tokens_appended_one_by_one_give_the_same_answer_as_a_whole_read(kv: Sim
 def test_the_seed_counts_only_when_sampling():
     def first(**sampling: float | int) -> int:
         params = SamplingParams(max_tokens=1, **sampling)  # type: ignore[arg-type]  # msgspec checks the values
-        return expected_tokens([1, 2], params, layers=2, vocabulary=range(10**9))[0]
+        return expected_tokens([1, 2], params, planes=2, vocabulary=range(10**9))[0]
 
     assert first(temperature=0.0, seed=1) == first(temperature=0.0, seed=2)
     assert first(temperature=0.5, seed=1) != first(temperature=0.5, seed=2)

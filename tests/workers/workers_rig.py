@@ -51,7 +51,7 @@ def prompt_of(length: int, seed: int) -> list[int]:
 
 
 def right_answer(token_ids: list[int], sampling: SamplingParams) -> list[int]:
-    return expected_tokens(token_ids, sampling, layers=LAYERS, vocabulary=VOCABULARY)
+    return expected_tokens(token_ids, sampling, planes=LAYERS, vocabulary=VOCABULARY)
 
 
 @dataclass
@@ -125,7 +125,7 @@ class SimPair:
         return {
             role: (load, engine.endpoint.stats)
             for role, engine in (("prefill", self.prefill), ("decode", self.decode))
-            if (load := engine.load()) != EngineLoad(0, 0, engine.kv.pool.blocks)
+            if (load := engine.load()) != EngineLoad(0, 0, engine.kv.blocks)
             or engine.endpoint.stats.receiving
             or engine.endpoint.stats.sending
         }
@@ -166,7 +166,7 @@ class Member:
 
     async def settled(self) -> None:
         """Wait until all its blocks are back."""
-        whole = EngineLoad(0, 0, self.engine.kv.pool.blocks)
+        whole = EngineLoad(0, 0, self.engine.kv.blocks)
         try:
             async with asyncio.timeout(3):
                 while self.engine.load() != whole:

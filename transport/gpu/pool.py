@@ -37,10 +37,18 @@ class CudaKvPool:
     memory are taken at once; as many of pinned host memory when a slot is first asked for there.
     """
 
-    def __init__(self, layout: KvLayout, layers: Sequence[torch.Tensor], staging_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        layers: Sequence[torch.Tensor],
+        staging_bytes: int,
+        *,
+        verifies_blocks: bool = False,
+    ) -> None:
         if layout.digest != "weighted":
             raise ValueError(f'a KV pool in GPU memory computes the digest "weighted", not {layout.digest!r}')
         self._layout = layout
+        self._verifies_blocks = verifies_blocks
         self._layers = _checked(layout, layers)
         self._blocks = len(layers[0])
         self._device: torch.device = layers[0].device
@@ -80,6 +88,11 @@ class CudaKvPool:
         """16 MiB, or all of the staging memory when that is less."""
         return self._message_bytes_max
 
+    @property
+    def staging_bytes(self) -> int:
+        """Of device memory, and of host memory once that is asked for."""
+        return self._staging_bytes
+
     def reserve(self, nbytes: int, *, on_device: bool) -> StagingSlot | None:
         """A slot, or None when there is no room now. The first one in host memory pins it (64 ms for 128 MiB)."""
         if not 1 <= nbytes <= self._message_bytes_max:
@@ -117,9 +130,20 @@ class CudaKvPool:
         return self._mover.move(extents, _own(slot), stream, is_gather=True)
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:
-        """Copy the slot's bytes into these blocks, on a stream of its own."""
+        """Copy the slot's bytes into these blocks, on a stream of its own.
+
+        With `verifies_blocks` the digest is that of the blocks, read back.
+        """
         self._enter()
-        return self._mover.move(extents, _own(slot), self._scatters, is_gather=False)
+        own = _own(slot)
+        ticket = self._mover.move(extents, own, self._scatters, is_gather=False)
+        if self._verifies_blocks:
+            ticket = self._mover.move(extents, own, self._scatters, is_gather=True)
+        return ticket
+
+    def bind_thread(self) -> None:
+        """The calling thread's current device becomes this pool's: UCX opens its CUDA transports there."""
+        self._enter()
 
     def fence(self) -> None:
         """Later gathers wait for what the current stream was given so far (an event is recorded: 4 us)."""

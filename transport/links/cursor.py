@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from ..base import Buffer
+from ..base import Buffer, DeviceBuffer, HostBuffer
+
+
+def host_buffers(buffers: Sequence[Buffer]) -> list[HostBuffer]:
+    """The same buffers, for a link that moves host memory alone. Raises TypeError for a `DeviceBuffer`."""
+    hosts = [buffer for buffer in buffers if not isinstance(buffer, DeviceBuffer)]
+    if len(hosts) < len(buffers):
+        raise TypeError("this link moves no device memory; see `Link.moves_device_memory`")
+    return hosts
 
 
 class Cursor:
     """Names the next bytes as views, never copying them."""
 
-    def __init__(self, buffers: Iterable[Buffer | bytes | memoryview]) -> None:
+    def __init__(self, buffers: Iterable[HostBuffer | bytes | memoryview]) -> None:
         views = (memoryview(buffer) if isinstance(buffer, bytes | memoryview) else buffer.data for buffer in buffers)
         self._views = [view for view in views if view.nbytes]
         self._index = 0

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
-from ..base import Buffer, ControlHandler, Done, LostHandler
+from ..base import Buffer, ControlHandler, Done, HostBuffer, LostHandler, Place
 from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError
 from ..frames import FRAME_BYTES_MAX
-from .cursor import Cursor
+from .cursor import Cursor, host_buffers
 
 _listeners: dict[str, InprocListener] = {}
 _numbers = itertools.count(1)
@@ -44,8 +45,14 @@ class InprocFaults:
 
 
 @dataclass(slots=True)
-class _Message:
-    buffers: Sequence[Buffer]
+class _Send:
+    buffers: Sequence[HostBuffer]
+    done: Done
+
+
+@dataclass(slots=True)
+class _Receive:
+    place: Place
     done: Done
 
 
@@ -57,8 +64,9 @@ class InprocLink:
         self._peer_name = peer
         self._faults = faults
         self._other: InprocLink | None = None
-        self._sends: dict[int, _Message] = {}
-        self._receives: dict[int, _Message] = {}
+        self._sends: dict[int, _Send] = {}
+        self._receives: dict[int, _Receive] = {}
+        self._held: dict[int, None] = {}  # tags of messages whose place had no room
         self._inbox: deque[Callable[[], None]] = deque()  # what the other end did, in order
         self._is_woken = False
         self._on_control: ControlHandler | None = None
@@ -74,6 +82,10 @@ class InprocLink:
     @property
     def transport(self) -> str:
         return "inproc"
+
+    @property
+    def moves_device_memory(self) -> bool:
+        return False
 
     @property
     def bytes_received(self) -> int:
@@ -92,14 +104,20 @@ class InprocLink:
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         other = self._alive()
         assert tag not in self._sends, f"tag {tag} is being sent already"
-        self._sends[tag] = _Message(buffers, done)
+        self._sends[tag] = _Send(host_buffers(buffers), done)
         other._put(lambda: other._match(tag))
 
-    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
-        self._alive()
+    def post_receive(self, tag: int, place: Place, done: Done) -> None:
+        other = self._alive()
         assert tag not in self._receives, f"tag {tag} is posted already"
-        self._receives[tag] = _Message(buffers, done)
-        self._put(lambda: self._match(tag))
+        self._receives[tag] = _Receive(place, done)
+        if tag in other._sends:
+            self._put(lambda: self._match(tag))
+
+    def retry_receives(self) -> None:
+        held, self._held = self._held, {}
+        self._inbox.extendleft(functools.partial(self._match, tag) for tag in reversed(held))
+        self.wake()
 
     def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
         self._on_control, self._on_lost = on_control, on_lost
@@ -129,11 +147,13 @@ class InprocLink:
             return
         self._error = error
         self._inbox.clear()
-        messages = [*self._sends.values(), *self._receives.values()]
+        dones = [send.done for send in self._sends.values()]
+        dones += [receive.done for receive in self._receives.values()]
         self._sends.clear()
         self._receives.clear()
-        for message in messages:
-            message.done(error)
+        self._held.clear()
+        for done in dones:
+            done(error)
         if self._on_lost:
             self._on_lost(error)
         if other := self._other:
@@ -162,15 +182,19 @@ class InprocLink:
 
     def _match(self, tag: int) -> None:
         other = self._other
-        if other is None or tag not in self._receives or tag not in other._sends:
+        if other is None or tag in self._held or tag not in self._receives or tag not in other._sends:
+            return
+        buffers = self._receives[tag].place.take()
+        if buffers is None:
+            self._held[tag] = None
             return
         receive, send = self._receives.pop(tag), other._sends.pop(tag)
-        error = self._move(receive, send)
+        error = self._move(host_buffers(buffers), send)
         self._loop.call_soon(send.done, None)
         receive.done(error)
 
-    def _move(self, receive: _Message, send: _Message) -> TransportError | None:
-        source, target = Cursor(send.buffers), Cursor(receive.buffers)
+    def _move(self, buffers: Sequence[HostBuffer], send: _Send) -> TransportError | None:
+        source, target = Cursor(send.buffers), Cursor(buffers)
         if source.total_bytes != target.total_bytes:
             return TransportError(f"message of {source.total_bytes} B for a receive of {target.total_bytes} B")
         while source.left_bytes:
@@ -182,7 +206,7 @@ class InprocLink:
         self._bytes_received += target.total_bytes
         if self._faults.corrupt_messages and target.total_bytes:
             self._faults.corrupt_messages -= 1
-            receive.buffers[-1][-1] ^= 0xFF
+            buffers[-1][-1] ^= 0xFF
         return None
 
 

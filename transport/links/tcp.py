@@ -5,29 +5,31 @@ copies what the kernel does not take at once. Received bytes go from the kernel 
 
 On the wire: a header {kind, segment bytes, tag, message bytes}, then the segment. A KV message travels as segments of at
 most 1 MiB, so that control frames, which go first, wait for one segment and not for a whole layer. KV that comes
-before its receive is posted stops the reading of this link until it is.
+before its receive is posted, or whose place has no room, stops the reading of this link until it has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..base import Buffer, ControlHandler, Done, LostHandler
+from ..base import Buffer, ControlHandler, Done, LostHandler, Place
 from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError
 from ..frames import FRAME_BYTES_MAX
 from .addresses import family_of, join_address, split_address
-from .cursor import Cursor
+from .cursor import Cursor, host_buffers
 
 log = logging.getLogger(__name__)
 _HEADER = struct.Struct("<BxxxIQQ")
 _CONTROL, _MESSAGE = 1, 2
+_RESET = struct.pack("ii", 1, 0)  # struct linger
 SEGMENT_BYTES = 1 << 20
 TURN_BYTES = 8 << 20  # then other work of the loop gets its turn
 VIEWS_MAX = 64  # of one system call; IOV_MAX is 1024, but 64 blocks of 16 KiB fill a segment
@@ -39,7 +41,19 @@ class _Message:
     tag: int
     cursor: Cursor
     done: Done
-    expected_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Receive:
+    tag: int
+    place: Place
+    done: Done
+    cursor: Cursor | None = None  # from the first segment on
+    message_bytes: int = 0
+
+    @property
+    def arrived_bytes(self) -> int:
+        return self.cursor.total_bytes - self.cursor.left_bytes if self.cursor else 0
 
 
 class TcpLink:
@@ -58,9 +72,11 @@ class TcpLink:
         self._have = 0  # bytes of the header, or of the control frame
         self._frame: bytearray | None = None
         self._segment_left = 0
-        self._filling: _Message | None = None
-        self._wanted: tuple[int, int] | None = None  # (tag, bytes) of KV that nobody has posted a receive for
-        self._receives: dict[int, _Message] = {}
+        self._filling: Cursor | None = None
+        self._filling_of: _Receive | None = None
+        self._wanted: tuple[int, int] | None = None  # (tag, bytes) of KV that has no receive or no room
+        self._receives: dict[int, _Receive] = {}
+        self._hangup: select.epoll | None = None  # watches the socket while nothing is read from it
         # Sending: control first, then messages in their order.
         self._controls: deque[bytes] = deque()
         self._sends: deque[_Message] = deque()
@@ -80,6 +96,10 @@ class TcpLink:
         return "tcp"
 
     @property
+    def moves_device_memory(self) -> bool:
+        return False
+
+    @property
     def bytes_received(self) -> int:
         return self._bytes_received
 
@@ -92,14 +112,18 @@ class TcpLink:
 
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         self._check_alive()
-        self._sends.append(_Message(tag, Cursor(buffers), done))
+        self._sends.append(_Message(tag, Cursor(host_buffers(buffers)), done))
         self._kick()
 
-    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+    def post_receive(self, tag: int, place: Place, done: Done) -> None:
         self._check_alive()
         assert tag not in self._receives, f"tag {tag} is posted already"
-        self._receives[tag] = _Message(tag, Cursor(buffers), done)
+        self._receives[tag] = _Receive(tag, place, done)
         if self._wanted and self._wanted[0] == tag:
+            self._loop.call_soon(self._resume)
+
+    def retry_receives(self) -> None:
+        if self._wanted:
             self._loop.call_soon(self._resume)
 
     def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
@@ -110,6 +134,10 @@ class TcpLink:
             self._loop.add_reader(self._socket, self._read)
 
     async def abort(self) -> None:
+        if (
+            self._error is None
+        ):  # Reset: the end of the stream would wait behind what a peer without room does not read.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._lose(LinkLost(f"{self._peer} was aborted here"))
 
     async def aclose(self) -> None:
@@ -118,7 +146,7 @@ class TcpLink:
                 await self._is_flushed.wait()
         except TimeoutError:
             pass
-        await self.abort()
+        self._lose(LinkLost(f"{self._peer} was closed here"))
 
     def _check_alive(self) -> None:
         if self._error:
@@ -130,15 +158,16 @@ class TcpLink:
         self._error = error
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
+        self._unhold()
         self._socket.close()
-        messages = [*self._sends, *self._receives.values()]
+        dones = [send.done for send in self._sends] + [receive.done for receive in self._receives.values()]
         self._sends.clear()
         self._receives.clear()
         self._controls.clear()
-        self._piece = self._piece_of = self._filling = None
+        self._piece = self._piece_of = self._filling = self._filling_of = None
         self._is_flushed.set()
-        for message in messages:
-            message.done(error)
+        for done in dones:
+            done(error)
         if self._on_lost:
             self._on_lost(error)
 
@@ -164,20 +193,20 @@ class TcpLink:
     def _places(self) -> list[memoryview]:
         """Where the next bytes belong; a segment is read together with the header behind it."""
         if self._filling:
-            places = self._filling.cursor.views(self._segment_left, VIEWS_MAX)
+            places = self._filling.views(self._segment_left, VIEWS_MAX)
             if sum(view.nbytes for view in places) == self._segment_left:
                 places.append(memoryview(self._header))
             return places
         return [memoryview(self._header if self._frame is None else self._frame)[self._have :]]
 
     def _consume(self, count: int) -> None:
-        if message := self._filling:
+        if self._filling and self._filling_of:
             segment = min(count, self._segment_left)
-            message.cursor.advance(segment)
+            self._filling.advance(segment)
             self._segment_left -= segment
             count -= segment
             if not self._segment_left:
-                self._end_segment(message)
+                self._end_segment(self._filling_of)
         self._have += count
         if self._frame is not None and self._have == len(self._frame):
             frame, self._frame, self._have = bytes(self._frame), None, 0
@@ -200,40 +229,67 @@ class TcpLink:
     def _begin_segment(self) -> None:
         assert self._wanted
         tag, message_bytes = self._wanted
-        message = self._receives.get(tag)
-        if message is None:
-            self._loop.remove_reader(self._socket)
-            return
-        self._wanted = None
-        message.expected_bytes = message.expected_bytes or message_bytes
-        arrived = message.cursor.total_bytes - message.cursor.left_bytes
-        if message.expected_bytes != message_bytes or arrived + self._segment_left > message_bytes:
+        receive = self._receives.get(tag)
+        if receive is None:
+            self._hold()
+        elif message_bytes > receive.place.nbytes:
+            self._lose(LinkLost(f"{self._peer} sent {message_bytes} B for a receive of {receive.place.nbytes} B"))
+        elif not self._has_place(receive, message_bytes):
+            self._hold()
+        elif (
+            receive.message_bytes != message_bytes or receive.arrived_bytes + self._segment_left > receive.message_bytes
+        ):
             self._lose(LinkLost(f"{self._peer} changed the length of message {tag:#x}"))
-        elif message_bytes > message.cursor.total_bytes:
-            receive_bytes = message.cursor.total_bytes
-            self._lose(LinkLost(f"{self._peer} sent {message_bytes} B for a receive of {receive_bytes} B"))
-        elif self._segment_left:
-            self._filling = message
         else:
-            self._end_segment(message)
+            self._wanted = None
+            self._filling, self._filling_of = receive.cursor, receive
+            if not self._segment_left:
+                self._end_segment(receive)
 
-    def _end_segment(self, message: _Message) -> None:
-        self._filling = None
-        arrived = message.cursor.total_bytes - message.cursor.left_bytes
-        if arrived < message.expected_bytes:
+    def _has_place(self, receive: _Receive, message_bytes: int) -> bool:
+        """Ask for it with the first segment."""
+        if receive.cursor is None:
+            buffers = receive.place.take()
+            if buffers is None:
+                return False
+            receive.cursor, receive.message_bytes = Cursor(host_buffers(buffers)), message_bytes
+            assert receive.cursor.total_bytes == receive.place.nbytes
+        return True
+
+    def _end_segment(self, receive: _Receive) -> None:
+        self._filling = self._filling_of = None
+        if receive.arrived_bytes < receive.message_bytes:
             return
-        del self._receives[message.tag]
-        if message.cursor.left_bytes:
-            total = message.cursor.total_bytes
-            message.done(TransportError(f"{self._peer} sent {arrived} B for a receive of {total} B"))
+        del self._receives[receive.tag]
+        if receive.arrived_bytes < receive.place.nbytes:
+            error = f"{self._peer} sent {receive.arrived_bytes} B for a receive of {receive.place.nbytes} B"
+            receive.done(TransportError(error))
         else:
-            message.done(None)
+            receive.done(None)
 
     def _resume(self) -> None:
         if self._error is None and self._wanted is not None:
             self._begin_segment()
             if self._error is None and self._wanted is None:
+                self._unhold()
                 self._loop.add_reader(self._socket, self._read)
+
+    def _hold(self) -> None:
+        """Stop reading, but notice when the peer goes: nobody else reads the end of the stream."""
+        self._loop.remove_reader(self._socket)
+        if self._hangup is None:
+            self._hangup = select.epoll()
+            self._hangup.register(self._socket, select.EPOLLRDHUP)
+            self._loop.add_reader(self._hangup, self._on_hangup)
+
+    def _unhold(self) -> None:
+        if self._hangup:
+            self._loop.remove_reader(self._hangup)
+            self._hangup.close()
+            self._hangup = None
+
+    def _on_hangup(self) -> None:
+        self._lose(LinkLost(f"{self._peer} closed the connection"))
 
     # Sending.
 

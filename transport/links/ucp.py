@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..base import Buffer
+from ..base import Buffer, DeviceBuffer
 
 _FIELD_CALLBACK, _FIELD_USER_DATA, _FIELD_DATATYPE = 1 << 1, 1 << 2, 1 << 3
 _NO_IMMEDIATE_COMPLETION = 1 << 16
@@ -107,6 +107,14 @@ class Arrived:
     message: int
     tag: int
     length_bytes: int
+
+
+def address_of(buffer: Buffer) -> int:
+    """Where it lies, in host or device memory."""
+    if isinstance(buffer, DeviceBuffer):
+        return buffer.address
+    address: int = buffer.__array_interface__["data"][0]
+    return address
 
 
 def _receive_param(number: int, datatype: int) -> _RequestParam:
@@ -216,7 +224,7 @@ class Ucp:
         self, buffers: Sequence[Buffer], completed: deque[Operation]
     ) -> tuple[Operation, int, int | None, int, int]:
         views: list[Buffer] = list(buffers)
-        addresses = [view.__array_interface__["data"][0] for view in views]
+        addresses = [address_of(view) for view in views]
         if len(views) > 1:
             # struct ucp_dt_iov {void *buffer; size_t length}; UCX reads it until the operation ends.
             iov = np.array([addresses, [view.nbytes for view in views]], np.uint64).T.copy()

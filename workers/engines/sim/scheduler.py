@@ -23,7 +23,7 @@ class Scheduler:
     def __init__(
         self, kv: SimKv, vocabulary: range, *, slots: int, chunk_tokens: int, on_room: Callable[[], None]
     ) -> None:
-        self.blocks = BlockPool(kv.pool.blocks)
+        self.blocks = BlockPool(kv.blocks)
         self.waiting: deque[AnyWork] = deque()
         self.active: dict[AnyWork, None] = {}
         self.computing: dict[AnyWork, None] = {}  # their prompts, first come first served

@@ -1,0 +1,108 @@
+"""Between instructions and links: how the bytes of a message get from a pool to a link and back, with their digest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from .base import Done, Extent, HandoffKey, Link, Place
+from .errors import LinkLost
+from .handoff import MessageId
+from .pool import HostKvPool
+
+Extents = tuple[Extent, ...]
+OnDigest = Callable[[int], None]
+DIGEST_INLINE_BYTES = 2 << 20  # 0.1-0.4 ms; more goes to a thread, which holds no GIL meanwhile
+_TRANSFER_SHIFT, _CHUNK_SHIFT = 22, 10
+
+
+class Mover(Protocol):
+    """Every call on the endpoint's loop; each `done` and `on_digest` comes exactly once, also when the link is gone."""
+
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        """These will be sent when their layers are computed."""
+
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        """From any thread: this layer of what is planned for these keys was enqueued on a device's stream."""
+
+    def forget(self, key: HandoffKey) -> None:
+        """Nothing more is sent of this key."""
+
+    def send(
+        self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
+    ) -> None:
+        """The blocks are read until both have come."""
+
+    def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
+        """After `done` without an error `digest` must follow."""
+
+    def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
+        """Of a message that was received; when it comes, the bytes are in the blocks."""
+
+    def drop(self, link: Link) -> None:
+        """The link is lost: what was not yet given to it ends now."""
+
+    def close(self) -> None:
+        """No call is under way any more."""
+
+
+def tag_of(message: MessageId) -> int:
+    """The link tag of a message: 18 + 12 + 10 bits."""
+    assert max(message.transfer >> 18, message.chunk >> 12, message.number >> 10) == 0, message
+    return message.transfer << _TRANSFER_SHIFT | message.chunk << _CHUNK_SHIFT | message.number
+
+
+class DirectMover:
+    """Host memory, whole blocks: the link reads and writes the pool itself."""
+
+    def __init__(self, pool: HostKvPool) -> None:
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._digesters = ThreadPoolExecutor(2, "kv-digest")  # Starts its threads on first use.
+
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        pass
+
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        pass
+
+    def forget(self, key: HandoffKey) -> None:
+        pass
+
+    def send(
+        self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
+    ) -> None:
+        try:
+            link.post_send(tag_of(message), self._pool.buffers(extents), done)
+        except LinkLost as error:
+            done(error)
+        self._digest(extents, nbytes, on_digest)
+
+    def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
+        buffers = self._pool.buffers(extents)
+        try:
+            link.post_receive(tag_of(message), Place(nbytes, lambda: buffers), done)
+        except LinkLost as error:
+            done(error)
+
+    def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
+        sizes = (len(extent.block_ids) * self._pool.layout.block_bytes(extent.layer) for extent in extents)
+        self._digest(extents, sum(sizes), on_digest)
+
+    def drop(self, link: Link) -> None:
+        pass
+
+    def close(self) -> None:
+        self._digesters.shutdown(wait=True)
+
+    def _digest(self, extents: Extents, nbytes: int, on_digest: OnDigest) -> None:
+        if nbytes <= DIGEST_INLINE_BYTES:
+            on_digest(self._pool.digest(extents))
+            return
+
+        def home(future: Future[int]) -> None:
+            self._loop.call_soon_threadsafe(on_digest, future.result())
+
+        self._digesters.submit(self._pool.digest, extents).add_done_callback(home)

@@ -1,0 +1,338 @@
+"""Messages through staging memory: gathered into a slot, sent, received into a slot, scattered.
+
+For KV in GPU memory, where a message per block costs 8-11 us of any size, and for two ranks whose blocks differ. Slots are
+few and shared: each link gets its share while others wait, and a receive takes its slot only when its message arrives, so
+that whoever waits holds nothing and no two sides can wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+
+import numpy as np
+
+from .base import Buffer, Done, Extent, HandoffKey, HostBuffer, Link, Place
+from .errors import LinkLost
+from .handoff import MessageId
+from .mover import Extents, OnDigest, tag_of
+from .pool import HostKvPool, digest_of
+from .stager import Slot, Stager, Ticket
+
+SPIN_S = 100e-6  # after the last thing that moved; a kernel takes 15-25 us
+NAP_S = 50e-6
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """A message that is gathered on the compute stream as soon as its last layer is computed."""
+
+    message: MessageId
+    extents: Extents
+    nbytes: int
+    last_layer: int
+    on_device: bool
+
+
+@dataclass(slots=True)
+class _Send:
+    """A message on its way out."""
+
+    link: Link
+    message: MessageId
+    extents: Extents
+    nbytes: int
+    done: Done
+    on_digest: OnDigest
+    slot: Slot | None = None
+    is_dropped: bool = False
+
+
+class StagedMover:
+    """Implements `Mover` over a `Stager`."""
+
+    def __init__(self, stager: Stager) -> None:
+        self._stager = stager
+        stager.bind_thread()
+        self._loop = asyncio.get_running_loop()
+        self._lock = Lock()
+        self._plans: dict[HandoffKey, list[_Ahead]] = {}
+        self._gathered: dict[MessageId, tuple[Slot, Ticket]] = {}
+        self._sends: deque[_Send] = deque()  # wait for a slot
+        self._sending: list[_Send] = []  # have one, and their gather is under way
+        self._hungry: dict[Link, None] = {}  # receives wait for a slot
+        self._held: dict[Link, int] = {}  # bytes of slots
+        self._arrived: dict[MessageId, tuple[Link, Slot]] = {}
+        self._tickets: deque[tuple[Ticket, Callable[[int], None]]] = deque()
+        self._is_polling = False
+        self._moved_at = 0.0
+
+    # On the thread of the compute stream.
+
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        """This layer was enqueued on `stream`: gather there what is complete with it, as far as there is room."""
+        with self._lock:
+            due = [ahead for key in keys for ahead in self._plans.get(key, ()) if ahead.last_layer == layer]
+        for ahead in due:
+            slot = self._stager.reserve(ahead.nbytes, on_device=ahead.on_device)
+            if slot is None:
+                return
+            ticket = self._stager.gather(ahead.extents, slot, stream=stream)
+            with self._lock:
+                self._gathered[ahead.message] = (slot, ticket)
+
+    # On the loop.
+
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        with self._lock:
+            for message, extents, nbytes in messages:
+                last_layer = max(extent.layer for extent in extents)
+                ahead = _Ahead(message, extents, nbytes, last_layer, link.moves_device_memory)
+                self._plans.setdefault(message.key, []).append(ahead)
+
+    def forget(self, key: HandoffKey) -> None:
+        """The order is over."""
+        with self._lock:
+            self._plans.pop(key, None)
+            left = [message for message in self._gathered if message.key == key]
+            gathered = [self._gathered.pop(message) for message in left]
+        for slot, ticket in gathered:
+            self._when(ticket, partial(self._release_unsent, slot))
+
+    def _release_unsent(self, slot: Slot, _digest: int) -> None:
+        self._stager.release(slot)
+        self._feed()
+
+    def send(
+        self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
+    ) -> None:
+        send = _Send(link, message, extents, nbytes, done, on_digest)
+        with self._lock:
+            if plans := self._plans.get(message.key):
+                self._plans[message.key] = [ahead for ahead in plans if ahead.message != message]
+            gathered = self._gathered.pop(message, None)
+        if gathered is None:
+            self._sends.append(send)
+            self._feed()
+            return
+        send.slot, ticket = gathered
+        self._hold(link, nbytes)
+        self._follow(send, ticket)
+
+    def _follow(self, send: _Send, ticket: Ticket) -> None:
+        self._sending.append(send)
+        self._when(ticket, partial(self._on_gathered, send))
+
+    def _on_gathered(self, send: _Send, digest: int) -> None:
+        self._sending.remove(send)
+        slot = send.slot
+        assert slot
+        if send.is_dropped:
+            self._give_back(send.link, slot, send.nbytes)
+        else:
+            try:
+                send.link.post_send(tag_of(send.message), [slot.buffer], partial(self._on_sent, send))
+            except LinkLost as error:
+                self._on_sent(send, error)
+        send.on_digest(digest)
+
+    def _on_sent(self, send: _Send, error: BaseException | None) -> None:
+        assert send.slot
+        self._give_back(send.link, send.slot, send.nbytes)
+        send.done(error)
+
+    def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
+        slots: list[Slot] = []
+
+        def take() -> list[Buffer] | None:
+            slot = self._reserve(link, nbytes)
+            if slot is None:
+                self._hungry[link] = None
+                return None
+            slots.append(slot)
+            return [slot.buffer]
+
+        def received(error: BaseException | None) -> None:
+            if slots and error is None:
+                self._arrived[message] = (link, slots[0])
+            elif slots:
+                self._give_back(link, slots[0], nbytes)
+            done(error)
+
+        try:
+            link.post_receive(tag_of(message), Place(nbytes, take), received)
+        except LinkLost as error:
+            done(error)
+
+    def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
+        link, slot = self._arrived.pop(message)
+
+        def scattered(digest: int) -> None:
+            self._give_back(link, slot, slot.buffer.nbytes)
+            on_digest(digest)
+
+        self._when(self._stager.scatter(extents, slot), scattered)
+
+    def drop(self, link: Link) -> None:
+        waiting = [send for send in self._sends if send.link is link]
+        self._sends = deque(send for send in self._sends if send.link is not link)
+        self._hungry.pop(link, None)
+        error = LinkLost(f"{link.peer} is gone")
+        for send in waiting:
+            send.done(error)
+            send.on_digest(0)
+        for send in self._sending:
+            if send.link is link and not send.is_dropped:
+                send.is_dropped = True
+                send.done(error)
+
+    def close(self) -> None:
+        for key in list(self._plans):
+            self.forget(key)
+        while self._tickets:
+            self._poll_once()
+        self._stager.close()
+
+    # Slots.
+
+    def _reserve(self, link: Link, nbytes: int) -> Slot | None:
+        """A slot, if that leaves the others who want one their share."""
+        wanting = {*self._hungry, *self._held, *(send.link for send in self._sends), link}
+        share = self._stager.staging_bytes // max(2, len(wanting))  # Never all: a peer that hangs keeps what it has.
+        held = self._held.get(link, 0)
+        if held and held + nbytes > share:
+            return None
+        slot = self._stager.reserve(nbytes, on_device=link.moves_device_memory)
+        if slot is not None:
+            self._hold(link, nbytes)
+        return slot
+
+    def _hold(self, link: Link, nbytes: int) -> None:
+        self._held[link] = self._held.get(link, 0) + nbytes
+
+    def _give_back(self, link: Link, slot: Slot, nbytes: int) -> None:
+        self._stager.release(slot)
+        left = self._held[link] - nbytes
+        if left:
+            self._held[link] = left
+        else:
+            del self._held[link]
+        self._loop.call_soon(self._feed)
+
+    def _feed(self) -> None:
+        """There may be room: first come, first served, but for those who have their share."""
+        for send in list(self._sends):
+            slot = self._reserve(send.link, send.nbytes)
+            if slot is None:
+                continue
+            self._sends.remove(send)
+            send.slot = slot
+            self._follow(send, self._stager.gather(send.extents, slot))
+        hungry, self._hungry = self._hungry, {}
+        for link in hungry:
+            link.retry_receives()
+
+    # Tickets.
+
+    def _when(self, ticket: Ticket, then: Callable[[int], None]) -> None:
+        digest = ticket.poll()
+        if digest is not None:
+            then(digest)
+            return
+        self._tickets.append((ticket, then))
+        self._moved_at = time.perf_counter()
+        if not self._is_polling:
+            self._is_polling = True
+            self._loop.call_soon(self._poll)
+
+    def _poll(self) -> None:
+        """A device has no event that a loop could wait for: look again until nothing is under way."""
+        if self._poll_once():
+            self._moved_at = time.perf_counter()
+        elif time.perf_counter() - self._moved_at > SPIN_S:
+            time.sleep(NAP_S)
+        self._is_polling = bool(self._tickets)
+        if self._is_polling:
+            self._loop.call_soon(self._poll)
+
+    def _poll_once(self) -> bool:
+        has_moved = False
+        for _ in range(len(self._tickets)):
+            ticket, then = self._tickets.popleft()
+            digest = ticket.poll()
+            if digest is None:
+                self._tickets.append((ticket, then))
+            else:
+                has_moved = True
+                then(digest)
+        return has_moved
+
+
+class HostStager:
+    """Cuts of blocks in host memory, copied at once (`HostKvPool.pack`)."""
+
+    def __init__(self, pool: HostKvPool, staging_bytes: int) -> None:
+        self._pool = pool
+        self._staging_bytes = staging_bytes
+        self._free_bytes = staging_bytes
+        self._lock = Lock()
+
+    @property
+    def message_bytes_max(self) -> int:
+        return self._staging_bytes // 2
+
+    @property
+    def staging_bytes(self) -> int:
+        return self._staging_bytes
+
+    def reserve(self, nbytes: int, *, on_device: bool) -> HostSlot | None:
+        with self._lock:
+            if nbytes > self._free_bytes:
+                return None
+            self._free_bytes -= nbytes
+        return HostSlot(np.empty(nbytes, np.uint8))
+
+    def release(self, slot: Slot) -> None:
+        with self._lock:
+            self._free_bytes += slot.buffer.nbytes
+
+    def gather(self, extents: Iterable[Extent], slot: Slot, *, stream: object | None = None) -> _Moved:
+        assert isinstance(slot, HostSlot)
+        self._pool.pack(extents, slot.buffer)
+        return _Moved(digest_of([slot.buffer]))
+
+    def scatter(self, extents: Iterable[Extent], slot: Slot) -> _Moved:
+        assert isinstance(slot, HostSlot)
+        self._pool.unpack(extents, slot.buffer)
+        return _Moved(digest_of([slot.buffer]))
+
+    def bind_thread(self) -> None:
+        pass
+
+    def fence(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class HostSlot:
+    """Plain memory for one message."""
+
+    buffer: HostBuffer
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Done when it was asked for."""
+
+    _digest: int
+
+    def poll(self) -> int:
+        return self._digest
