@@ -277,12 +277,13 @@ def test_lists_on_the_device_are_found_again_until_their_ring_comes_round() -> N
     for block_ids in (kept, (2, 7, 1), kept, (8, 2, 8)):
         _, digest = rig.gathered([Extent(0, block_ids), Extent(1, block_ids)])
         assert digest == host_digest(rig.message([Extent(0, block_ids), Extent(1, block_ids)]))
-    known = ring.find(kept)
+    lists = rig.pool._mover._lists
+    known = ring.find(lists.of(kept))
     assert known is not None
-    assert ring.find((*kept[:4], *kept[4:])) is None, "another tuple may be gone tomorrow"
+    assert ring.find(lists.of((*kept[:4], *kept[4:]))) == known, "equal ids are one list"
     while ring.room(1 << 12) > known:  # Room that nobody fills: the ring comes round.
         pass
-    assert ring.find(kept) is None
+    assert ring.find(lists.of(kept)) is None
     for block_ids in ((7, 7, 7), kept, (0, 11)):
         _, digest = rig.gathered([Extent(2, block_ids)])
         assert digest == host_digest(rig.message([Extent(2, block_ids)]))
@@ -324,6 +325,18 @@ def test_threads_gather_and_scatter_at_once() -> None:
         thread.join(100.0)
     assert wrong == []
     assert [now.tobytes() for now in rig.host()] == [before.tobytes() for before in rig.before]
+
+
+def test_a_pool_that_verifies_its_blocks_reads_them_back() -> None:
+    source, target = Rig(mixed_layout(), seed=1), Rig(mixed_layout(), seed=2)
+    rows = [memory[:, : target.layout.block_bytes(layer)] for layer, memory in enumerate(target.memory)]
+    target.pool = CudaKvPool(target.layout, rows, 1 << 20, verifies_blocks=True)
+    assert target.pool.staging_bytes == 1 << 20
+    slot, digest = source.gathered(EXTENTS["mixed"])
+    assert target.scattered(EXTENTS["mixed"], contents(slot)) == digest
+    twice = [Extent(0, (3,)), Extent(0, (3,))]  # The message's two blocks are written to one.
+    data = source.blocks(0, (1, 2))
+    assert host_digest(data) != target.scattered(twice, data) == host_digest(target.blocks(0, (3, 3)))
 
 
 def test_slots_are_as_long_as_asked_and_all_room_comes_back() -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import TransportUnavailable
 
 try:
@@ -17,6 +20,47 @@ except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
 STREAMS_MAX = 4  # the pool's own two, and the engine's
+_KNOWN_MAX = 64  # layers of one group have the same list, chunk for chunk
+
+
+class BlockList:
+    """Block ids as an array. Equal ids are one object for as long as they are remembered, so compare with `is`."""
+
+    __slots__ = ("ids",)
+
+    def __init__(self, ids: npt.NDArray[np.int64]) -> None:
+        self.ids = ids
+
+
+class BlockLists:
+    """The lists that were used of late: each is checked and made an array once. Thread-safe."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._by_object: dict[int, tuple[tuple[int, ...], BlockList]] = {}  # by id(): hashing 256 ids takes 2 us
+        self._by_value: dict[tuple[int, ...], BlockList] = {}
+
+    def of(self, block_ids: tuple[int, ...]) -> BlockList:
+        """The list of these ids. Raises IndexError for one outside of the pool, or none at all."""
+        known = self._by_object.get(id(block_ids))
+        if known is not None and known[0] is block_ids:
+            return known[1]
+        found = self._by_value.get(block_ids) or self._new(block_ids)
+        if len(self._by_object) >= _KNOWN_MAX:
+            self._by_object = {}
+        self._by_object[id(block_ids)] = (block_ids, found)  # Held, so that its id stays its own.
+        return found
+
+    def _new(self, block_ids: tuple[int, ...]) -> BlockList:
+        ids = np.fromiter(block_ids, np.int64, len(block_ids))
+        # A negative one is huge as an unsigned one.
+        if not len(ids) or ids.view(np.uint64).max() >= self._blocks:
+            first, last = min(block_ids, default=0), max(block_ids, default=0)
+            raise IndexError(f"blocks {first}..{last} of a pool of {self._blocks}")
+        if len(self._by_value) >= _KNOWN_MAX:
+            self._by_value = {}
+        self._by_value[block_ids] = found = BlockList(ids)
+        return found
 
 
 class ListRing:
@@ -30,18 +74,15 @@ class ListRing:
         self._address = address
         self._words = words
         self._next = 0
-        self._known: dict[
-            int, tuple[tuple[int, ...], int]
-        ] = {}  # by the tuple's id; held, so that its id stays its own
+        self._known: dict[BlockList, int] = {}
 
-    def find(self, block_ids: tuple[int, ...] | None) -> int | None:
-        """Where the ids of this very tuple are, if they still are."""
-        known = self._known.get(id(block_ids))
-        return known[1] if known is not None and known[0] is block_ids else None
+    def find(self, blocks: BlockList | None) -> int | None:
+        """Where this list is, if it still is."""
+        return self._known.get(blocks) if blocks is not None else None
 
-    def keep(self, block_ids: tuple[int, ...], address: int) -> None:
-        """The ids were fetched there and can be found, until the ring comes round."""
-        self._known[id(block_ids)] = (block_ids, address)
+    def keep(self, blocks: BlockList, address: int) -> None:
+        """The list was fetched there and can be found, until the ring comes round."""
+        self._known[blocks] = address
 
     def room(self, words: int) -> int:
         """Where the next list goes. Raises ValueError when the ring is shorter."""

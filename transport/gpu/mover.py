@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
-
 from ..base import Extent
 from ..errors import TransportUnavailable
 from .cuts import cut_view, gather_cut, gather_whole, scatter_cut, scatter_whole
 from .kernel import Kernels, Launch, Listed, Report, Staged, Whole, digest_programs
-from .lists import ListRing, ListRings
-from .passes import BlockIds, Layer, Pass, plan
+from .lists import BlockLists, ListRing, ListRings
+from .passes import Layer, Pass, plan
 from .slots import StagingSlot
 from .tickets import GpuTicket, Tickets
 
@@ -23,7 +21,6 @@ except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
 _LIST_WORDS_MIN = 1 << 16  # 512 KiB pinned, and for each stream on the device: 64 messages of 16 KiB blocks
-_KNOWN_IDS_MAX = 64  # lists of block ids kept as arrays: layers of one group have the same
 _LAYER_BYTES = 16  # address and stride
 
 
@@ -47,7 +44,6 @@ class Mover:
         sizes = [layer.block_bytes for layer in layers]
         list_words = max(_LIST_WORDS_MIN, 2 * message_bytes_max // min(sizes))
         self._layers = layers
-        self._blocks = blocks
         self._kernels = Kernels(sizes)
         self.tickets = Tickets(device, list_words)
         self._rings = ListRings(device, list_words)
@@ -55,15 +51,14 @@ class Mover:
         places = [(layer.address, layer.stride_bytes) for layer in layers]
         self._places = torch.tensor([*places, (0, 1)], dtype=torch.int64).to(device)
         self._places_at: int = self._places.data_ptr()
-        self._known_ids: dict[int, tuple[tuple[int, ...], BlockIds]] = {}
+        self._lists = BlockLists(blocks)
 
     def move(
         self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
     ) -> GpuTicket:
         """Queue a message on the stream. Raises ValueError or IndexError for what does not fit, before anything moves."""
-        for extent in extents:
-            self._ids(extent.block_ids)
-        passes = plan(extents, self._layers)
+        lists = [self._lists.of(extent.block_ids) for extent in extents]
+        passes = plan(extents, lists, self._layers)
         if passes is None:
             return self._move_by_torch(extents, slot, stream, is_gather=is_gather)
         nbytes = programs = words = 0
@@ -87,17 +82,17 @@ class Mover:
     def _launch(self, passes: list[Pass], slot: int, queue: _Queue, *, is_gather: bool) -> None:
         nbytes = words = 0
         for item in passes:
-            ids = queue.ring.find(item.shared_ids) if queue.ring is not None else None
+            ids = queue.ring.find(item.shared) if queue.ring is not None else None
             if ids is None:
                 ids = self._list(item, words, queue)
                 words += item.list_words
-            if item.shared_ids is not None:
+            if item.shared is not None:
                 listed = Listed(ids, self._place_of(item.layer), item.layer_step * _LAYER_BYTES, 0)
             else:
-                listed = Listed(ids, self._place_of(len(self._layers)), 0, item.blocks // len(item.extents))
+                listed = Listed(ids, self._place_of(len(self._layers)), 0, item.blocks // len(item.parts))
             launch = Launch(queue.stream, listed, Staged(slot + nbytes, nbytes // 8), queue.report)
             if item.cutting is not None:
-                self._kernels.move_cut(launch, item.cutting, len(item.extents), is_gather=is_gather)
+                self._kernels.move_cut(launch, item.cutting, len(item.parts), is_gather=is_gather)
             else:  # A list of addresses is one long extent.
                 whole = Whole(item.whole_bytes, item.blocks, item.list_words)
                 self._kernels.move(launch, whole, is_gather=is_gather)
@@ -109,13 +104,13 @@ class Mover:
     def _list(self, item: Pass, word: int, queue: _Queue) -> int:
         """Write a list into the ticket's part of the table, from `word` on; where the kernel reads it."""
         first = queue.ticket.first_word + word
-        item.fill(self.tickets.table[first : first + item.list_words], self._layers, self._ids)
+        item.fill(self.tickets.table[first : first + item.list_words], self._layers)
         pinned = self.tickets.table_address(first)
-        if queue.ring is None or item.shared_ids is None:
+        if queue.ring is None or item.shared is None:
             return pinned  # Nobody will ask for these addresses again.
         address = queue.ring.room(item.list_words)
         self._kernels.fetch(queue.stream, pinned, address, item.list_words)
-        queue.ring.keep(item.shared_ids, address)
+        queue.ring.keep(item.shared, address)
         return address
 
     def _move_by_torch(
@@ -140,28 +135,12 @@ class Mover:
         return ticket
 
     def _move_extent(self, extent: Extent, staged: torch.Tensor, offset: int, *, is_gather: bool) -> None:
-        rows, ids = self._layers[extent.layer].rows, self._ids(extent.block_ids)
+        rows, ids = self._layers[extent.layer].rows, self._lists.of(extent.block_ids).ids
         if extent.cut is None:
             (gather_whole if is_gather else scatter_whole)(rows, ids, staged)
             return
         view = cut_view(rows, self._layers[extent.layer].shape, ids, extent.cut, slot_offset=offset)
         (gather_cut if is_gather else scatter_cut)(view, staged)
-
-    def _ids(self, block_ids: tuple[int, ...]) -> BlockIds:
-        """The ids as an array, checked. Raises IndexError."""
-        known = self._known_ids.get(id(block_ids))
-        if known is not None and known[0] is block_ids:
-            return known[1]
-        ids = np.fromiter(block_ids, np.int64, len(block_ids))
-        # A negative one is huge as an unsigned one.
-        if not len(ids) or ids.view(np.uint64).max() >= self._blocks:
-            raise IndexError(
-                f"blocks {min(block_ids, default=0)}..{max(block_ids, default=0)} of a pool of {self._blocks}"
-            )
-        if len(self._known_ids) >= _KNOWN_IDS_MAX:
-            self._known_ids = {}
-        self._known_ids[id(block_ids)] = (block_ids, ids)  # Held, so that its id stays its own.
-        return ids
 
 
 def _handle(stream: object | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,12 @@ from ..base import Extent
 from ..errors import TransportUnavailable
 from .cuts import BlockShape
 from .kernel import Cutting, cut_programs, move_programs
+from .lists import BlockList
 
 try:
     import torch
 except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
-
-BlockIds = npt.NDArray[np.int64]
 
 
 class Layer(NamedTuple):
@@ -39,69 +38,56 @@ class Layer(NamedTuple):
 class Pass:
     """One launch: neighbouring extents of one block size, or of one cut.
 
-    When they are the same blocks (one tuple) of layers that are evenly apart (all of a chunk's, or those of one group), the
-    kernel needs one list of block ids, which often is on the device already. Else it needs the address of every block.
+    When they are the same blocks of layers that are evenly apart (all of a chunk's, or those of one group), the kernel
+    needs one list of block ids, which often is on the device already. Else it needs the address of every block.
     """
 
-    __slots__ = (
-        "blocks",
-        "cutting",
-        "extents",
-        "layer",
-        "layer_step",
-        "nbytes",
-        "programs",
-        "shared_ids",
-        "whole_bytes",
-    )
+    __slots__ = ("blocks", "cutting", "layer", "layer_step", "nbytes", "parts", "programs", "shared", "whole_bytes")
 
-    def __init__(self, first: Extent, whole_bytes: int, cutting: Cutting | None) -> None:
+    def __init__(self, layer: int, blocks: BlockList, whole_bytes: int, cutting: Cutting | None) -> None:
         self.whole_bytes = whole_bytes  # of a block; 0 with a cut
         self.cutting = cutting
-        self.layer = first.layer
+        self.layer = layer  # of the first extent
         self.layer_step = 0
-        self.shared_ids: tuple[int, ...] | None = first.block_ids
-        self.extents: list[Extent] = []
+        self.shared: BlockList | None = blocks
+        self.parts: list[tuple[int, BlockList]] = []  # layer and blocks of each extent
         self.blocks = self.nbytes = self.programs = 0
 
     @property
     def list_words(self) -> int:
         """How long its list is."""
-        return self.blocks if self.shared_ids is None else len(self.shared_ids)
+        return self.blocks if self.shared is None else len(self.shared.ids)
 
-    def add(self, extent: Extent, nbytes: int, programs: int) -> None:
+    def add(self, layer: int, blocks: BlockList, nbytes: int, programs: int) -> None:
         """One more extent, of the same size or cut."""
-        count = len(self.extents)
+        count = len(self.parts)
         if count == 1:
-            self.layer_step = extent.layer - self.layer
-        if extent.block_ids is not self.shared_ids or extent.layer != self.layer + count * self.layer_step:
-            self.shared_ids = None
-        self.extents.append(extent)
-        self.blocks += len(extent.block_ids)
+            self.layer_step = layer - self.layer
+        if blocks is not self.shared or layer != self.layer + count * self.layer_step:
+            self.shared = None
+        self.parts.append((layer, blocks))
+        self.blocks += len(blocks.ids)
         self.nbytes += nbytes
         self.programs += programs
 
-    def fill(
-        self, table: npt.NDArray[np.int64], layers: Sequence[Layer], ids_of: Callable[[tuple[int, ...]], BlockIds]
-    ) -> None:
+    def fill(self, table: npt.NDArray[np.int64], layers: Sequence[Layer]) -> None:
         """Write its list: the ids that its extents share, else the address of every block."""
-        if self.shared_ids is not None:
-            table[:] = ids_of(self.shared_ids)
+        if self.shared is not None:
+            table[:] = self.shared.ids
             return
         at = 0
-        for extent in self.extents:
-            layer, ids = layers[extent.layer], ids_of(extent.block_ids)
-            part = table[at : at + len(ids)]
-            np.multiply(ids, layer.stride_bytes, out=part)
-            part += layer.address
-            at += len(ids)
+        for index, blocks in self.parts:
+            part = table[at : at + len(blocks.ids)]
+            np.multiply(blocks.ids, layers[index].stride_bytes, out=part)
+            part += layers[index].address
+            at += len(blocks.ids)
 
 
-def plan(extents: Sequence[Extent], layers: Sequence[Layer]) -> list[Pass] | None:
+def plan(extents: Sequence[Extent], lists: Sequence[BlockList], layers: Sequence[Layer]) -> list[Pass] | None:
     """The launches that move a message; None when a cut is not for the kernel. Raises ValueError for a senseless cut."""
     passes: list[Pass] = []
-    for extent in extents:
-        layer, count, cutting = layers[extent.layer], len(extent.block_ids), None
+    for extent, blocks in zip(extents, lists, strict=True):
+        layer, count, cutting = layers[extent.layer], len(blocks.ids), None
         nbytes, whole_bytes = layer.extent_bytes(extent), layer.block_bytes
         if extent.cut is None:
             programs = move_programs(whole_bytes, count)
@@ -111,6 +97,6 @@ def plan(extents: Sequence[Extent], layers: Sequence[Layer]) -> list[Pass] | Non
         else:
             return None
         if not passes or passes[-1].whole_bytes != whole_bytes or passes[-1].cutting != cutting:
-            passes.append(Pass(extent, whole_bytes, cutting))
-        passes[-1].add(extent, nbytes, programs)
+            passes.append(Pass(extent.layer, blocks, whole_bytes, cutting))
+        passes[-1].add(extent.layer, blocks, nbytes, programs)
     return passes
