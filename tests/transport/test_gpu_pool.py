@@ -126,9 +126,12 @@ def contents(slot: StagingSlot) -> bytes:
     return slot.view.cpu().numpy().tobytes()
 
 
+SAME = (10, 6, 1)
 EXTENTS = {
     "one block": [Extent(0, (5,))],
     "scattered": [Extent(1, (7, 0, 3, 11, 4))],
+    "the same blocks of layers": [Extent(layer, SAME) for layer in (0, 1)],
+    "the same blocks of uneven layers": [Extent(1, SAME), Extent(0, SAME), Extent(0, (3, 2))],
     "layers": [Extent(0, (1, 2)), Extent(1, (9, 8)), Extent(0, (3,))],
     "mixed": [Extent(0, (1, 2)), Extent(2, (4, 0, 5)), Extent(3, (11, 1)), Extent(4, (0, 9, 2)), Extent(1, (3,))],
 }
@@ -267,6 +270,37 @@ def test_cells_are_clean_for_the_next_message_and_come_back_unpolled() -> None:
     assert [wait(ticket) for ticket, _ in tickets] == [digest for _, digest in tickets]
 
 
+def test_lists_on_the_device_are_found_again_until_their_ring_comes_round() -> None:
+    rig = Rig(mixed_layout(), seed=1)
+    ring = rig.pool._mover._rings.of(0 if not HAS_CUDA else rig.pool._gathers.cuda_stream)
+    kept = (3, 1, 4, 1, 5, 9, 2, 6)
+    for block_ids in (kept, (2, 7, 1), kept, (8, 2, 8)):
+        _, digest = rig.gathered([Extent(0, block_ids), Extent(1, block_ids)])
+        assert digest == host_digest(rig.message([Extent(0, block_ids), Extent(1, block_ids)]))
+    lists = rig.pool._mover._lists
+    known = ring.find(lists.of(kept))
+    assert known is not None
+    assert ring.find(lists.of((*kept[:4], *kept[4:]))) == known, "equal ids are one list"
+    while ring.room(1 << 12) > known:  # Room that nobody fills: the ring comes round.
+        pass
+    assert ring.find(lists.of(kept)) is None
+    for block_ids in ((7, 7, 7), kept, (0, 11)):
+        _, digest = rig.gathered([Extent(2, block_ids)])
+        assert digest == host_digest(rig.message([Extent(2, block_ids)]))
+    with pytest.raises(ValueError, match="are the most"):
+        ring.room(1 << 30)
+
+
+def test_streams_beyond_the_fourth_read_their_lists_from_pinned_memory() -> None:
+    rig = Rig(mixed_layout(), seed=1)
+    rings = [rig.pool._mover._rings.of(stream) for stream in range(100, 105)]
+    assert [ring is None for ring in rings] == [False] * 4 + [True]
+    for name in ("layers", "mixed"):
+        slot, digest = rig.gathered(EXTENTS[name])
+        assert contents(slot) == rig.message(EXTENTS[name])
+        assert digest == host_digest(contents(slot))
+
+
 def test_threads_gather_and_scatter_at_once() -> None:
     rig = Rig(mixed_layout(), seed=1, staging_bytes=1 << 16)
     wrong: list[str] = []
@@ -293,6 +327,18 @@ def test_threads_gather_and_scatter_at_once() -> None:
     assert [now.tobytes() for now in rig.host()] == [before.tobytes() for before in rig.before]
 
 
+def test_a_pool_that_verifies_its_blocks_reads_them_back() -> None:
+    source, target = Rig(mixed_layout(), seed=1), Rig(mixed_layout(), seed=2)
+    rows = [memory[:, : target.layout.block_bytes(layer)] for layer, memory in enumerate(target.memory)]
+    target.pool = CudaKvPool(target.layout, rows, 1 << 20, verifies_blocks=True)
+    assert target.pool.staging_bytes == 1 << 20
+    slot, digest = source.gathered(EXTENTS["mixed"])
+    assert target.scattered(EXTENTS["mixed"], contents(slot)) == digest
+    twice = [Extent(0, (3,)), Extent(0, (3,))]  # The message's two blocks are written to one.
+    data = source.blocks(0, (1, 2))
+    assert host_digest(data) != target.scattered(twice, data) == host_digest(target.blocks(0, (3, 3)))
+
+
 def test_slots_are_as_long_as_asked_and_all_room_comes_back() -> None:
     rig = Rig(make_layout(), seed=1, staging_bytes=1 << 16)
     pool = rig.pool
@@ -304,7 +350,7 @@ def test_slots_are_as_long_as_asked_and_all_room_comes_back() -> None:
         assert pool.reserve(40_000, on_device=on_device) is None
         for slot in slots:
             pool.release(slot)
-        with pytest.raises(ValueError, match="no run begins"):
+        with pytest.raises(ValueError, match="given back before"):
             pool.release(slots[0])
         pool.release(rig.slot(1 << 16, on_device=on_device))
     for nbytes in (0, (1 << 16) + 1):
@@ -315,11 +361,13 @@ def test_slots_are_as_long_as_asked_and_all_room_comes_back() -> None:
 def test_a_slot_given_back_while_a_kernel_uses_it_is_reused_only_after_it() -> None:
     rig = Rig(make_layout(), seed=1, staging_bytes=1 << 16)
     slot = rig.slot(1 << 16)
-    taken = rig.pool._tickets.take(0)  # A message that nobody has launched yet: under way for as long as we like.
+    taken = rig.pool._mover.tickets.take(0)  # A message that nobody has launched yet: under way for as long as we like.
     slot.ticket = taken
     rig.pool.release(slot)
     assert rig.pool.reserve(1, on_device=True) is None
-    rig.pool._kernels.digest(0, slot.address, 1 << 16, rig.pool._tickets.report(taken, 4))
+    with pytest.raises(ValueError, match="given back before"):
+        rig.pool.release(slot)
+    rig.pool._mover._kernels.digest(0, slot.address, 1 << 16, rig.pool._mover.tickets.report(taken, 4))
     assert wait(taken) == host_digest(contents(slot))
     rig.pool.release(rig.slot(1 << 16))
 
@@ -343,6 +391,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
         Rig(make_layout(""), seed=1).pool.gather([Extent(0, (1,), Cut(0, 8, 0, 4))], slot)
     with pytest.raises(TypeError, match="not a slot of this pool"):
         rig.pool.release(DeviceBuffer(0, 0, None))
+    with pytest.raises(TypeError, match="not a torch.cuda.Stream"):
+        rig.pool.gather([Extent(0, (1,))], slot, stream=7)
     rig.pool.close()
     with pytest.raises(OSError, match="closed"):
         rig.pool.reserve(16, on_device=True)

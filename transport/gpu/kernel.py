@@ -27,8 +27,9 @@ except ImportError as error:
     ) from error
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-TILE_WORDS = 2048  # 16 KiB a program, 4 warps: within 5 % of the best for blocks of 16 to 128 KiB on an H200
+TILE_WORDS = 2048  # 16 KiB a program, 4 warps: the best or within 5 % of it from 16 to 128 KiB, on an H200 and an H100
 CUT_TILE_WORDS = 1024
+LIST_TILE_WORDS = 1024
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _GOLDEN, _SECOND = tl.constexpr(GOLDEN), tl.constexpr(SECOND)
 _interpreter = threading.Lock()  # Triton's interpreter patches its own module while it runs
@@ -71,29 +72,44 @@ def _finish(part: tl.tensor, cell: tl.tensor, programs: tl.tensor, flag: tl.tens
             )
 
 
-_MOVE_RUNTIME = ["table", "staged", "first_word", "cell", "programs", "flag", "sequence"]
+_MOVE_RUNTIME = [
+    *("ids", "layers", "layer_step", "list_step", "staged", "first_word"),
+    *("cell", "programs", "flag", "sequence", "extent_blocks"),
+]
 _CUT_RUNTIME = [
-    *_MOVE_RUNTIME,
+    *_MOVE_RUNTIME[:-1],
     *("blocks", "parts", "block_tokens", "first_token", "tokens", "first_head", "heads"),
     *("part_words", "head_words", "token_words"),
 ]
 _DIGEST_RUNTIME = ["staged", "words", "last_mask", "cell", "programs", "flag", "sequence"]
 
 
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types
+def _address(ids: tl.tensor, layers: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """Of a block: its layer's base and stride are the two words at `layers`, its id is word `block` of `ids`."""
+    i64p = tl.pointer_type(tl.int64)
+    layer = layers.to(i64p)
+    return tl.load(layer) + tl.load(ids.to(i64p) + block) * tl.load(layer + 1)
+
+
 @triton.jit(do_not_specialize=_MOVE_RUNTIME)  # type: ignore[untyped-decorator]  # triton has no types
 def _move_blocks(
-    table: tl.int64,
+    ids: tl.int64,
+    layers: tl.int64,
+    layer_step: tl.int64,
+    list_step: tl.int64,
     staged: tl.int64,
     first_word: tl.int64,
     cell: tl.int64,
     programs: tl.int64,
     flag: tl.int64,
     sequence: tl.int64,
+    extent_blocks: tl.int64,
     GATHER: tl.constexpr,  # noqa: N803  # the kernel language's style for constants
     BLOCK_WORDS: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
 ) -> None:
-    """One tile of one block a program: block b lies at address `table[b]` and is the slot's block b from `staged` on."""
+    """One tile of one block a program; block b of the launch is the slot's block b from `staged` on."""
     i64p = tl.pointer_type(tl.int64)
     tiles: tl.constexpr = (BLOCK_WORDS + TILE - 1) // TILE
     program = tl.program_id(0)
@@ -101,7 +117,8 @@ def _move_blocks(
     inside = (program % tiles) * TILE
     word = tl.arange(0, TILE)
     at = block.to(tl.int64) * BLOCK_WORDS + inside
-    address = tl.load(table.to(i64p) + block)
+    extent = block // extent_blocks
+    address = _address(ids, layers + extent * layer_step, extent * list_step + block % extent_blocks)
     paged = tl.multiple_of((address + inside.to(tl.int64) * 8).to(i64p), 16)
     slot = tl.multiple_of((staged + at * 8).to(i64p), 16)
     source, target = slot, paged
@@ -119,7 +136,10 @@ def _move_blocks(
 
 @triton.jit(do_not_specialize=_CUT_RUNTIME)  # type: ignore[untyped-decorator]  # triton has no types
 def _move_cut(
-    table: tl.int64,
+    ids: tl.int64,
+    layers: tl.int64,
+    layer_step: tl.int64,
+    list_step: tl.int64,
     staged: tl.int64,
     first_word: tl.int64,
     cell: tl.int64,
@@ -162,8 +182,7 @@ def _move_cut(
     token = begin + piece // heads
     inside = (first_head + piece % heads) * head_words + token * token_words + part * part_words + word % part_words
     at = ((extent * parts + part).to(tl.int64) * tokens + tl.maximum(before, 0)) * token_run + first
-    address = tl.load(table.to(i64p) + extent * blocks + block)
-    paged = address.to(i64p) + inside
+    paged = _address(ids, layers + extent * layer_step, extent * list_step + block).to(i64p) + inside
     slot = staged.to(i64p) + at + tl.arange(0, TILE)
     source, target = slot, paged
     if GATHER:
@@ -194,6 +213,20 @@ def _digest_run(
     _finish(_weighted(found, first.to(tl.uint64)), cell, programs, flag, sequence)
 
 
+@triton.jit(do_not_specialize=["source", "target", "words"])  # type: ignore[untyped-decorator]  # triton has no types
+def _fetch_list(
+    source: tl.int64,
+    target: tl.int64,
+    words: tl.int64,
+    TILE: tl.constexpr,  # noqa: N803  # the kernel language's style for constants
+) -> None:
+    """Copy a list of blocks from pinned memory, for the launches behind it."""
+    i64p = tl.pointer_type(tl.int64)
+    word = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    found = tl.load(source.to(i64p) + word, mask=word < words, other=0)
+    tl.store(target.to(i64p) + word, found, mask=word < words)
+
+
 class Report(NamedTuple):
     """Where a message's launches add up, and what they tell the host when all programs are through."""
 
@@ -218,13 +251,37 @@ class Cutting(NamedTuple):
     token_words: int  # from one token to the next
 
 
-class Where(NamedTuple):
-    """Where a launch finds its blocks and its bytes."""
+class Listed(NamedTuple):
+    """Where a launch reads where its blocks are. Each extent has a layer, and a list that may be the last one's too."""
+
+    ids: int  # address of int64 block ids
+    layers: int  # address of two int64 words: address of the first extent's layer, bytes from one block to the next
+    layer_step: int  # bytes from an extent's words there to the next extent's
+    list_step: int  # ids from an extent's first to the next extent's first; 0: they have one list
+
+
+class Staged(NamedTuple):
+    """Where a launch's bytes are in the slot and in the message."""
+
+    address: int
+    first_word: int
+
+
+class Launch(NamedTuple):
+    """What every launch of a message needs to know."""
 
     stream: int  # CUDA handle
-    table: int  # address of the int64 addresses of its blocks
-    staged: int  # address of its first byte in the slot
-    first_word: int  # of its bytes, counted through the message
+    listed: Listed
+    staged: Staged
+    report: Report
+
+
+class Whole(NamedTuple):
+    """Whole blocks of one size."""
+
+    block_bytes: int
+    blocks: int  # of all extents of the launch
+    extent_blocks: int
 
 
 def tile_words(block_words: int) -> int:
@@ -260,22 +317,29 @@ class Kernels:
         self._whole: dict[tuple[bool, int], Any] = {}  # triton's CompiledKernel has no type
         for size in sorted(set(block_bytes)):
             for is_gather in (True, False):
-                self._whole[is_gather, size] = _compiled(_move_blocks, 7, *_constants(is_gather, size))
-        self._cut = {is_gather: _compiled(_move_cut, 17, is_gather, CUT_TILE_WORDS) for is_gather in (True, False)}
-        self._digest = _compiled(_digest_run, 7, TILE_WORDS)
+                self._whole[is_gather, size] = _compiled(_move_blocks, len(_MOVE_RUNTIME), *_constants(is_gather, size))
+        self._cut = {
+            is_gather: _compiled(_move_cut, len(_CUT_RUNTIME), is_gather, CUT_TILE_WORDS) for is_gather in (True, False)
+        }
+        self._digest = _compiled(_digest_run, len(_DIGEST_RUNTIME), TILE_WORDS)
+        self._fetch = _compiled(_fetch_list, 3, LIST_TILE_WORDS)
 
-    def move(self, where: Where, report: Report, block_bytes: int, blocks: int, *, is_gather: bool) -> None:
-        """Launch one pass over whole blocks of one size."""
-        table, staged, first_word = where[1:]
-        constants = _constants(is_gather, block_bytes)
-        arguments = (table, staged, first_word, *report, *constants)
-        _launch(self._whole[is_gather, block_bytes], move_programs(block_bytes, blocks), where.stream, arguments)
+    def fetch(self, stream: int, source: int, target: int, words: int) -> None:
+        """Launch a copy of a list from pinned memory into device memory."""
+        _launch(self._fetch, -(-words // LIST_TILE_WORDS), stream, (source, target, words, LIST_TILE_WORDS))
 
-    def move_cut(self, where: Where, report: Report, cutting: Cutting, extents: int, *, is_gather: bool) -> None:
+    def move(self, launch: Launch, whole: Whole, *, is_gather: bool) -> None:
+        """Launch one pass over whole blocks."""
+        stream, listed, staged, report = launch
+        arguments = (*listed, *staged, *report, whole.extent_blocks, *_constants(is_gather, whole.block_bytes))
+        programs = move_programs(whole.block_bytes, whole.blocks)
+        _launch(self._whole[is_gather, whole.block_bytes], programs, stream, arguments)
+
+    def move_cut(self, launch: Launch, cutting: Cutting, extents: int, *, is_gather: bool) -> None:
         """Launch one pass over so many extents of one cut."""
-        table, staged, first_word = where[1:]
-        arguments = (table, staged, first_word, *report, *cutting, is_gather, CUT_TILE_WORDS)
-        _launch(self._cut[is_gather], cut_programs(cutting) * extents, where.stream, arguments)
+        stream, listed, staged, report = launch
+        arguments = (*listed, *staged, *report, *cutting, is_gather, CUT_TILE_WORDS)
+        _launch(self._cut[is_gather], cut_programs(cutting) * extents, stream, arguments)
 
     def digest(self, stream: int, staged: int, nbytes: int, report: Report) -> None:
         """Launch a digest over the bytes at `staged`, as a message of their own."""

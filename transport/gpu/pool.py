@@ -5,20 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from ..base import Buffer, DeviceBuffer, Extent
+from ..base import Extent
 from ..errors import TransportError, TransportUnavailable
 from ..layout import KvLayout
 from ..stager import Slot
-from .arena import Arena
-from .cuts import BlockShape, cut_view, gather_cut, gather_whole, scatter_cut, scatter_whole
+from .cuts import BlockShape
 from .digest import host_digest
-from .kernel import INTERPRETED, Cutting, Kernels, Where, cut_programs, digest_programs, move_programs
-from .tickets import GpuTicket, Tickets
+from .kernel import INTERPRETED
+from .mover import Mover
+from .passes import Layer
+from .slots import Staging, StagingSlot
+from .tickets import GpuTicket
 
 try:
     import torch
@@ -28,76 +26,7 @@ except ImportError as error:
 __all__ = ["MESSAGE_BYTES_MAX", "CudaKvPool", "StagingSlot", "host_digest"]
 
 MESSAGE_BYTES_MAX = 16 << 20  # the shortest time on NVLink: a message costs the busier side about 20 us
-_TABLE_WORDS_MIN = 1 << 16  # 512 KiB: 64 messages of 16 KiB blocks
-_KNOWN_IDS_MAX = 64  # lists of block ids kept as arrays: layers of one group have the same
 _CLOSE_S = 10.0
-
-
-class StagingSlot:
-    """Staging memory for one message. `view` is the same bytes as a torch tensor (uint8), pinned when on the host."""
-
-    __slots__ = ("_address", "buffer", "offset", "staging", "ticket", "view")
-
-    def __init__(self, staging: _Staging, offset: int, nbytes: int) -> None:
-        self.staging = staging
-        self.offset = offset
-        self.view: torch.Tensor = staging.memory[offset : offset + nbytes]
-        self._address = staging.address + offset
-        self.buffer: Buffer = (
-            DeviceBuffer(self._address, nbytes, self.view)
-            if staging.on_device
-            else staging.array[offset : offset + nbytes]
-        )
-        self.ticket: GpuTicket | None = None  # the last gather or scatter
-
-    @property
-    def address(self) -> int:
-        """As the GPU sees it (pinned host memory has the same address there)."""
-        return self._address
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether a kernel may still read or write it."""
-        return self.ticket is not None and self.ticket.poll() is None
-
-
-class _Staging:
-    """One allocation that slots are cut from."""
-
-    def __init__(self, nbytes: int, device: torch.device, *, on_device: bool) -> None:
-        self.on_device = on_device
-        self.arena = Arena(nbytes)
-        is_cuda = device.type == "cuda"
-        # A multiple of 16 B is read at once; the arena's alignment is the memory's own.
-        if on_device:
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        else:
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_cuda)
-        self.array: npt.NDArray[np.uint8] = np.empty(0, np.uint8) if on_device else self.memory.numpy()
-        self.address: int = self.memory.data_ptr()
-        if on_device and is_cuda and _is_expandable(self.address):
-            raise TransportUnavailable(
-                "staging memory came from expandable segments, which no other process can open; "
-                "unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF"
-            )
-
-
-class _Layer(NamedTuple):
-    rows: torch.Tensor
-    address: int
-    stride_bytes: int
-    block_bytes: int
-
-
-class _Pass:
-    """One launch."""
-
-    __slots__ = ("block_bytes", "blocks", "cutting", "extents", "nbytes", "programs")
-
-    def __init__(self, block_bytes: int, cutting: Cutting | None) -> None:
-        self.block_bytes = block_bytes
-        self.cutting = cutting
-        self.blocks = self.extents = self.nbytes = self.programs = 0
 
 
 class CudaKvPool:
@@ -121,7 +50,6 @@ class CudaKvPool:
         self._layout = layout
         self._verifies_blocks = verifies_blocks
         self._layers = _checked(layout, layers)
-        self._shapes = [BlockShape.of(layout, layer) for layer in range(len(layers))]
         self._blocks = len(layers[0])
         self._device: torch.device = layers[0].device
         self._is_cuda = self._device.type == "cuda"
@@ -130,23 +58,22 @@ class CudaKvPool:
                 f"KV is on {self._device}; the kernels run on CUDA, or anywhere with TRITON_INTERPRET=1"
             )
         self._thread = threading.local()
-        self._enter_device()
-        sizes = [layer.block_bytes for layer in self._layers]
-        self._message_bytes_max = min(MESSAGE_BYTES_MAX, staging_bytes)
-        self._kernels = Kernels(sizes)
-        table_words = max(_TABLE_WORDS_MIN, 2 * self._message_bytes_max // min(sizes))
-        self._tickets = Tickets(self._device, table_words)
-        self._staging_bytes = staging_bytes
-        self._device_staging: _Staging | None = _Staging(staging_bytes, self._device, on_device=True)
-        self._host_staging: _Staging | None = None
-        self._parked: list[StagingSlot] = []  # given back while a kernel used them
-        self._known_ids: dict[int, tuple[tuple[int, ...], npt.NDArray[np.int64]]] = {}
-        self._lock = threading.Lock()
         self._is_closed = False
+        self._enter()
+        self._message_bytes_max = min(MESSAGE_BYTES_MAX, staging_bytes)
+        self._mover = Mover(self._layers, self._blocks, self._message_bytes_max)
+        self._staging_bytes = staging_bytes
+        self._device_staging: Staging | None = Staging(staging_bytes, self._device, on_device=True)
+        self._host_staging: Staging | None = None
+        self._parked: list[StagingSlot] = []  # given back while a kernel used them
+        self._lock = threading.Lock()
         # Gathers and scatters apart: a gather behind a fence must not hold up what has arrived.
         self._gathers, self._scatters = (self._new_stream() for _ in range(2))
         self._fence = torch.cuda.Event() if self._is_cuda else None
         self._fences = self._fences_seen = 0
+        if self._is_cuda:
+            # What was allocated may still be used by the stream that gave it back, and what was zeroed may not be yet.
+            torch.cuda.synchronize(self._device)
 
     @property
     def layout(self) -> KvLayout:
@@ -167,7 +94,7 @@ class CudaKvPool:
         return self._staging_bytes
 
     def reserve(self, nbytes: int, *, on_device: bool) -> StagingSlot | None:
-        """A slot, or None when there is no room now. The first one in host memory pins it (about 50 ms)."""
+        """A slot, or None when there is no room now. The first one in host memory pins it (64 ms for 128 MiB)."""
         if not 1 <= nbytes <= self._message_bytes_max:
             raise ValueError(f"a slot of {nbytes} B; messages have 1 to {self._message_bytes_max}")
         staging = self._device_staging if on_device else self._pinned_staging()
@@ -182,6 +109,9 @@ class CudaKvPool:
     def release(self, slot: Slot) -> None:
         """Give a slot back; while a kernel uses it, it waits for that. Raises ValueError the second time."""
         own = _own(slot)
+        if own.is_released:
+            raise ValueError(f"a slot of {own.buffer.nbytes} B was given back before")
+        own.is_released = True
         if own.is_in_use:
             with self._lock:
                 self._parked.append(own)
@@ -190,30 +120,33 @@ class CudaKvPool:
 
     def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> GpuTicket:
         """Copy these blocks into the slot on `stream` (a `torch.cuda.Stream`), else after the last `fence`."""
+        self._enter()
         if stream is None and self._gathers is not None:
             stream = self._gathers
             fences = self._fences
             if fences != self._fences_seen:
                 self._gathers.wait_event(self._fence)
                 self._fences_seen = fences
-        return self._move(extents, _own(slot), stream, is_gather=True)
+        return self._mover.move(extents, _own(slot), stream, is_gather=True)
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:
         """Copy the slot's bytes into these blocks, on a stream of its own.
 
         With `verifies_blocks` the digest is that of the blocks, read back.
         """
-        ticket = self._move(extents, _own(slot), self._scatters, is_gather=False)
+        self._enter()
+        own = _own(slot)
+        ticket = self._mover.move(extents, own, self._scatters, is_gather=False)
         if self._verifies_blocks:
-            ticket = self._move(extents, _own(slot), self._scatters, is_gather=True)
+            ticket = self._mover.move(extents, own, self._scatters, is_gather=True)
         return ticket
 
     def bind_thread(self) -> None:
         """The calling thread's current device becomes this pool's: UCX opens its CUDA transports there."""
-        self._enter_device()
+        self._enter()
 
     def fence(self) -> None:
-        """Later gathers wait for what the current stream was given so far (an event is recorded: 1-2 us)."""
+        """Later gathers wait for what the current stream was given so far (an event is recorded: 4 us)."""
         if self._fence is not None:
             self._fence.record(torch.cuda.current_stream(self._device))
             self._fences += 1
@@ -225,138 +158,21 @@ class CudaKvPool:
         """
         self._is_closed = True
         deadline = time.monotonic() + _CLOSE_S
-        while self._tickets.reap():
+        while self._mover.tickets.reap():
             if time.monotonic() > deadline:
-                raise TransportError(f"{self._tickets.reap()} messages did not finish on the GPU in {_CLOSE_S:.0f} s")
+                raise TransportError(
+                    f"{self._mover.tickets.reap()} messages did not finish on the GPU in {_CLOSE_S:.0f} s"
+                )
             time.sleep(50e-6)
         with self._lock:
             self._parked.clear()
             self._device_staging = self._host_staging = None
 
-    def _move(
-        self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
-    ) -> GpuTicket:
-        if self._is_closed:
-            raise TransportError("this KV pool's staging memory is closed")
-        self._enter_device()
-        passes = self._passes(extents)
-        if passes is None:
-            return self._move_by_torch(extents, slot, stream, is_gather=is_gather)
-        nbytes = programs = blocks = 0
-        for item in passes:
-            blocks += item.blocks
-            nbytes += item.nbytes
-            programs += item.programs
-        _check_slot(slot, nbytes)
-        ticket = self._tickets.take(blocks)
-        try:
-            self._fill_table(ticket, extents)
-            slot.ticket = ticket
-            report = self._tickets.report(ticket, programs)
-            handle, table, staged = _handle(stream), self._tickets.table_address(ticket), slot.address
-            for item in passes:
-                where = Where(handle, table, staged, (staged - slot.address) // 8)
-                if item.cutting is None:
-                    self._kernels.move(where, report, item.block_bytes, item.blocks, is_gather=is_gather)
-                else:
-                    self._kernels.move_cut(where, report, item.cutting, item.extents, is_gather=is_gather)
-                table += item.blocks * 8
-                staged += item.nbytes
-        except BaseException:
-            self._tickets.lose(ticket)
-            raise
-        return ticket
-
-    def _passes(self, extents: Sequence[Extent]) -> list[_Pass] | None:
-        """One launch for neighbouring extents of one block size, or of one cut. None: torch must do it."""
-        passes: list[_Pass] = []
-        last: _Pass | None = None
-        for extent in extents:
-            layer, count, cutting = self._layers[extent.layer], len(self._ids(extent.block_ids)), None
-            if extent.cut is None:
-                nbytes, programs = count * layer.block_bytes, move_programs(layer.block_bytes, count)
-            else:
-                shape = self._shapes[extent.layer]
-                nbytes = shape.cut_bytes(extent.cut, count)
-                if not shape.is_for_the_kernel:
-                    return None
-                cutting = shape.cutting(extent.cut, count)
-                programs = cut_programs(cutting)
-            if last is None or last.block_bytes != layer.block_bytes or last.cutting != cutting:
-                last = _Pass(layer.block_bytes, cutting)
-                passes.append(last)
-            last.blocks += count
-            last.nbytes += nbytes
-            last.programs += programs
-            last.extents += 1
-        return passes
-
-    def _fill_table(self, ticket: GpuTicket, extents: Sequence[Extent]) -> None:
-        """The address of every block, in order, for the kernels to read."""
-        table = self._tickets.table
-        at = (ticket.table or 0) // 8
-        for extent in extents:
-            layer, ids = self._layers[extent.layer], self._ids(extent.block_ids)
-            part = table[at : at + len(ids)]
-            np.multiply(ids, layer.stride_bytes, out=part)
-            part += layer.address
-            at += len(ids)
-
-    def _move_by_torch(
-        self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
-    ) -> GpuTicket:
-        """A message with cuts that the kernel does not take: torch moves all of it, then a kernel reads the slot."""
-        sizes = [self._extent_bytes(extent) for extent in extents]
-        _check_slot(slot, sum(sizes))
-        with torch.cuda.stream(stream):  # None changes nothing.
-            offset = 0
-            for extent, nbytes in zip(extents, sizes, strict=True):
-                self._move_extent(extent, slot.view[offset : offset + nbytes], offset, is_gather=is_gather)
-                offset += nbytes
-        ticket = self._tickets.take(0)
-        try:
-            slot.ticket = ticket
-            report = self._tickets.report(ticket, digest_programs(offset))
-            self._kernels.digest(_handle(stream), slot.address, offset, report)
-        except BaseException:
-            self._tickets.lose(ticket)
-            raise
-        return ticket
-
-    def _move_extent(self, extent: Extent, staged: torch.Tensor, offset: int, *, is_gather: bool) -> None:
-        rows, ids = self._layers[extent.layer].rows, self._ids(extent.block_ids)
-        if extent.cut is None:
-            (gather_whole if is_gather else scatter_whole)(rows, ids, staged)
-            return
-        view = cut_view(rows, self._shapes[extent.layer], ids, extent.cut, slot_offset=offset)
-        (gather_cut if is_gather else scatter_cut)(view, staged)
-
-    def _extent_bytes(self, extent: Extent) -> int:
-        if extent.cut is None:
-            return len(extent.block_ids) * self._layers[extent.layer].block_bytes
-        return self._shapes[extent.layer].cut_bytes(extent.cut, len(extent.block_ids))
-
-    def _ids(self, block_ids: tuple[int, ...]) -> npt.NDArray[np.int64]:
-        """The ids as an array, checked. Raises IndexError."""
-        known = self._known_ids.get(id(block_ids))
-        if known is not None and known[0] is block_ids:
-            return known[1]
-        ids = np.fromiter(block_ids, np.int64, len(block_ids))
-        # A negative one is huge as an unsigned one.
-        if not len(ids) or ids.view(np.uint64).max() >= self._blocks:
-            raise IndexError(
-                f"blocks {min(block_ids, default=0)}..{max(block_ids, default=0)} of a pool of {self._blocks}"
-            )
-        if len(self._known_ids) >= _KNOWN_IDS_MAX:
-            self._known_ids = {}
-        self._known_ids[id(block_ids)] = (block_ids, ids)  # Held, so that its id stays its own.
-        return ids
-
-    def _pinned_staging(self) -> _Staging | None:
+    def _pinned_staging(self) -> Staging | None:
         with self._lock:
             if self._host_staging is None and not self._is_closed:
-                self._enter_device()
-                self._host_staging = _Staging(self._staging_bytes, self._device, on_device=False)
+                self._enter()
+                self._host_staging = Staging(self._staging_bytes, self._device, on_device=False)
             return self._host_staging
 
     def _unpark(self) -> None:
@@ -368,8 +184,10 @@ class CudaKvPool:
                 else:
                     slot.staging.arena.release(slot.offset)
 
-    def _enter_device(self) -> None:
-        """A thread's first call: CUDA calls go to the current device, and a new thread's is the first one."""
+    def _enter(self) -> None:
+        """Refuse what comes after `close`. CUDA calls go to the current device, and a new thread's is the first one."""
+        if self._is_closed:
+            raise TransportError("this KV pool's staging memory is closed")
         if self._is_cuda and not getattr(self._thread, "has_entered", False):
             torch.cuda.set_device(self._device)
             self._thread.has_entered = True
@@ -378,7 +196,7 @@ class CudaKvPool:
         return torch.cuda.Stream(self._device, priority=-1) if self._is_cuda else None
 
 
-def _checked(layout: KvLayout, layers: Sequence[torch.Tensor]) -> list[_Layer]:
+def _checked(layout: KvLayout, layers: Sequence[torch.Tensor]) -> list[Layer]:
     if len(layers) != len(layout.layers):
         raise ValueError(f"{len(layers)} tensors for {len(layout.layers)} layers")
     checked = []
@@ -396,7 +214,8 @@ def _checked(layout: KvLayout, layers: Sequence[torch.Tensor]) -> list[_Layer]:
             raise ValueError(
                 f"layer {name}: blocks of {block_bytes} B, {rows.stride(0)} B apart, are not multiples of 16 B"
             )
-        checked.append(_Layer(rows, rows.data_ptr(), rows.stride(0), block_bytes))
+        shape = BlockShape.of(layout, index)
+        checked.append(Layer(rows, rows.data_ptr(), rows.stride(0), block_bytes, shape))
     return checked
 
 
@@ -404,20 +223,3 @@ def _own(slot: Slot) -> StagingSlot:
     if not isinstance(slot, StagingSlot):
         raise TypeError(f"{type(slot).__name__} is not a slot of this pool")
     return slot
-
-
-def _handle(stream: object | None) -> int:
-    return stream.cuda_stream if isinstance(stream, torch.cuda.Stream) else 0
-
-
-def _check_slot(slot: StagingSlot, nbytes: int) -> None:
-    if slot.buffer.nbytes != nbytes:
-        raise ValueError(f"extents of {nbytes} B for a slot of {slot.buffer.nbytes}")
-
-
-def _is_expandable(address: int) -> bool:
-    return any(
-        segment.get("is_expandable", False)
-        and segment["address"] <= address < segment["address"] + segment["total_size"]
-        for segment in torch.cuda.memory_snapshot()
-    )

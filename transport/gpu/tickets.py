@@ -1,4 +1,4 @@
-"""Messages under way on the GPU: a cell and a flag for each, and the pinned memory its kernels read addresses from."""
+"""Messages under way on the GPU: a cell and a flag for each, and pinned memory for its lists of blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ class GpuTicket:
         self._sequence = sequence
         self._digest: int | None = None
         self.cell = cell
-        self.table = table  # first byte of its part of the address table
+        self.table = table  # first byte of its part of the table
+
+    @property
+    def first_word(self) -> int:
+        """Of its part of the table."""
+        return (self.table or 0) // 8
 
     @property
     def sequence(self) -> int:
@@ -58,15 +63,16 @@ class GpuTicket:
 
 
 class Tickets:
-    """Hands out cells, flags and parts of the address table, and takes them back when their message is through."""
+    """Hands out cells, flags and parts of a pinned table, and takes them back when their message is through.
+
+    Synchronise the device once before the first launch: the cells are zeroed on the current stream.
+    """
 
     def __init__(self, device: torch.device, table_words: int) -> None:
         is_cuda = device.type == "cuda"
         self._cells = torch.zeros(CELLS * _CELL_BYTES // 8, dtype=torch.int64, device=device)
         self._flags = torch.zeros(CELLS * _FLAG_WORDS, dtype=torch.int64, pin_memory=is_cuda)
         self._table = torch.zeros(table_words, dtype=torch.int64, pin_memory=is_cuda)
-        if is_cuda:
-            torch.cuda.synchronize(device)  # The zeros are there before a kernel on another stream counts on them.
         self.flag_words = memoryview(self._flags.numpy()).cast("B").cast("Q")
         self._cells_at: int = self._cells.data_ptr()
         self._flags_at: int = self._flags.data_ptr()
@@ -79,12 +85,12 @@ class Tickets:
         self._lock = threading.Lock()
 
     def take(self, table_words: int) -> GpuTicket:
-        """A ticket with room for so many addresses. Waits only when 1024 messages are under way.
+        """A ticket with room for so many words in the table. Waits only when 1024 messages are under way.
 
         Raises TransportError when the GPU then finishes none of them for 10 s, ValueError when the table is too small.
         """
         if table_words > len(self.table):
-            raise ValueError(f"{table_words} blocks in one message; the address table holds {len(self.table)}")
+            raise ValueError(f"{table_words} blocks in one message; the table holds {len(self.table)}")
         ticket = self._try_take(table_words)
         if ticket is not None:
             return ticket
@@ -114,9 +120,9 @@ class Tickets:
         flag = self._flags_at + ticket.cell * _FLAG_WORDS * 8
         return Report(self._cells_at + ticket.cell * _CELL_BYTES, programs, flag, ticket.sequence)
 
-    def table_address(self, ticket: GpuTicket) -> int:
-        """Where the kernels read the ticket's block addresses."""
-        return self._table_at + (ticket.table or 0)
+    def table_address(self, word: int) -> int:
+        """Where the GPU finds a word of the table."""
+        return self._table_at + word * 8
 
     def finish(self, ticket: GpuTicket) -> None:
         """The ticket's flag is up: take its cell and table back, once."""

@@ -1,0 +1,73 @@
+"""Staging memory on the device and on the host, and the slots that are cut from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..base import Buffer, DeviceBuffer
+from ..errors import TransportUnavailable
+from .arena import Arena
+from .tickets import GpuTicket
+
+try:
+    import torch
+except ImportError as error:
+    raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
+
+
+class StagingSlot:
+    """Staging memory for one message. `view` is the same bytes as a torch tensor (uint8), pinned when on the host."""
+
+    __slots__ = ("_address", "buffer", "is_released", "offset", "staging", "ticket", "view")
+
+    def __init__(self, staging: Staging, offset: int, nbytes: int) -> None:
+        self.staging = staging
+        self.offset = offset
+        self.view: torch.Tensor = staging.memory[offset : offset + nbytes]
+        self._address = staging.address + offset
+        self.buffer: Buffer = (
+            DeviceBuffer(self._address, nbytes, self.view)
+            if staging.on_device
+            else staging.array[offset : offset + nbytes]
+        )
+        self.ticket: GpuTicket | None = None  # the last gather or scatter
+        self.is_released = False
+
+    @property
+    def address(self) -> int:
+        """As the GPU sees it (pinned host memory has the same address there)."""
+        return self._address
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a kernel may still read or write it."""
+        return self.ticket is not None and self.ticket.poll() is None
+
+
+class Staging:
+    """One allocation that slots are cut from."""
+
+    def __init__(self, nbytes: int, device: torch.device, *, on_device: bool) -> None:
+        self.on_device = on_device
+        self.arena = Arena(nbytes)
+        is_cuda = device.type == "cuda"
+        if on_device:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        else:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_cuda)
+        self.array: npt.NDArray[np.uint8] = np.empty(0, np.uint8) if on_device else self.memory.numpy()
+        self.address: int = self.memory.data_ptr()
+        if on_device and is_cuda and _is_expandable(self.address):
+            raise TransportUnavailable(
+                "staging memory came from expandable segments, which no other process can open; "
+                "unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF"
+            )
+
+
+def _is_expandable(address: int) -> bool:
+    return any(
+        segment.get("is_expandable", False)
+        and segment["address"] <= address < segment["address"] + segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+    )
