@@ -53,7 +53,9 @@ class Side:
         self.front_end = FrontEnd(self.notes.append, lambda side: None)
         self.path = str(path)
         self.tensors = make_tensors(10.0 if is_decode else 0.0)
-        self._settings = HandoffSettings(is_decode, "tcp", "127.0.0.1", "side", EPOCH, reports_failed_loads)
+        self._settings = HandoffSettings(
+            is_decode, "tcp", "127.0.0.1", "side", EPOCH, 64 << 20, False, reports_failed_loads
+        )
 
     async def start(self) -> None:
         await self.front_end.start(self.path)

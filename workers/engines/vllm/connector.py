@@ -63,6 +63,8 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
                 bind=self._extra["bind"],
                 worker_id=self._extra["worker_id"],
                 epoch=self._extra["epoch"],
+                staging_bytes=self._extra["staging_bytes"],
+                verifies_blocks=self._extra["verifies_blocks"],
                 reports_failed_loads=self._extra["reports_failed_loads"],
             )
             self._worker = WorkerSide(settings, self._extra["side_channel"])

@@ -133,6 +133,8 @@ def _kv_transfer(config: WorkerConfig, identity: Identity, model: str, revision:
             "epoch": identity.epoch,
             "model": model,
             "revision": revision,
+            "staging_bytes": config.staging_mib << 20,
+            "verifies_blocks": config.verify_kv,
             REPORTS_FAILED_LOADS: identity.reports_failed_loads and versions.can_report_failed_loads(),
         },
     )

@@ -1,4 +1,4 @@
-"""vLLM's KV tensors as a `HostKvPool`, and the layout that two engines compare."""
+"""vLLM's KV tensors as a pool of blocks, in host or in GPU memory, and the layout that two engines compare."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .versions import Unchecked
 
 if TYPE_CHECKING:
     import torch
+
+    from ....transport.gpu.pool import CudaKvPool
 
 MLA_SPEC = "MLAAttentionSpec"
 UNIFORM_SPEC = "UniformTypeKVCacheSpecs"
@@ -85,13 +87,23 @@ def _kind(name: str, spec: Unchecked) -> KvGroup:
     raise UnfitKv(f"layer {name} keeps its KV as {class_name}, which cannot be handed off")
 
 
-def pool_of(tensors: Mapping[str, torch.Tensor], facts: ModelFacts) -> HostKvPool:
-    """The pool over `tensors` (layer name -> (blocks, KV heads, tokens, 2 x head size)), without a copy. Raises UnfitKv."""
+def pool_of(
+    tensors: Mapping[str, torch.Tensor],
+    facts: ModelFacts,
+    *,
+    staging_bytes: int = 256 << 20,
+    verifies_blocks: bool = False,
+) -> HostKvPool | CudaKvPool:
+    """The pool over `tensors` (layer name -> (blocks, KV heads, tokens, 2 x head size)), without a copy.
+
+    In GPU memory it takes `staging_bytes` besides. Raises UnfitKv, TransportUnavailable.
+    """
     own = _own_layers(tensors, facts.groups)
     orders = {_check(name, tensors[name], facts.groups[group].block_tokens) for name, group in own.items()}
     if len(orders) != 1:
         raise UnfitKv(f"layers lay their blocks out differently: {', '.join(sorted(orders))}")
-    rows = [_rows(tensors[name]).numpy() for name in own]
+    rows = [_rows(tensors[name]) for name in own]
+    device = rows[0].device.type
     groups = kv_groups(facts.groups)
     layout = KvLayout(
         model=facts.model,
@@ -101,9 +113,14 @@ def pool_of(tensors: Mapping[str, torch.Tensor], facts: ModelFacts) -> HostKvPoo
         layers=tuple(_layer(name, tensors[name], facts, group) for name, group in own.items()),
         shape=KvShape(groups.block_tokens, orders.pop(), facts.tp_size, facts.tp_rank),
         groups=groups.groups,
+        digest="xxh3" if device == "cpu" else "weighted",
         extra=f"vllm {facts.engine} {facts.backends}",
     )
-    return HostKvPool(layout, rows)
+    if device == "cpu":
+        return HostKvPool(layout, [row.numpy() for row in rows])
+    from ....transport.gpu.pool import CudaKvPool  # Needs Triton, which engines on CPUs do without.
+
+    return CudaKvPool(layout, rows, staging_bytes, verifies_blocks=verifies_blocks)
 
 
 def _own_layers(tensors: Mapping[str, torch.Tensor], groups: Sequence[KvGroupFacts]) -> dict[str, int]:
@@ -142,8 +159,8 @@ def _layer(name: str, tensor: torch.Tensor, facts: ModelFacts, group: int) -> Kv
 
 def _check(name: str, tensor: torch.Tensor, block_tokens: int) -> str:
     """The order in which a block of this layer lies in memory: "HND" or "NHD"."""
-    if tensor.device.type != "cpu":
-        raise UnfitKv(f"the KV cache is on {tensor.device}; only KV in host memory can be handed off yet")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise UnfitKv(f"the KV cache is on {tensor.device}; only KV in host or CUDA memory can be handed off")
     if tensor.dim() != 4:
         raise UnfitKv(f"layer {name} has the shape {tuple(tensor.shape)}, not (blocks, heads, tokens, 2 x head size)")
     if tensor.shape[2] != block_tokens:

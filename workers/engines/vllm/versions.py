@@ -122,3 +122,10 @@ def backend_names(vllm_config: Unchecked, layer_names: Iterable[str]) -> str:
         find: Callable[[], Unchecked] | None = getattr(layers.get(layer_name), "get_attn_backend", None)
         names.add(find().get_name() if find else "?")
     return ",".join(sorted(names))
+
+
+def current_stream() -> Unchecked:
+    """The CUDA stream that this thread's kernels are enqueued on."""
+    import torch
+
+    return torch.cuda.current_stream()

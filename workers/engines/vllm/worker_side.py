@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, ParamSpec
 from ....transport.base import Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
+from ....transport.movers import DevicePool
 from ....transport.registry import open_transports
 from ....transport.thread import EndpointThread
+from . import versions
 from .kv_groups import KvGroups
 from .kv_tensors import ModelFacts, pool_of
 from .scheduler import Open, Push, Receive, StepPlan
@@ -41,6 +43,8 @@ class HandoffSettings:
     bind: str
     worker_id: str
     epoch: int
+    staging_bytes: int  # GPU memory for KV on its way, and as much pinned memory where a link needs that
+    verifies_blocks: bool  # reads KV back from GPU memory before it counts as landed
     reports_failed_loads: bool  # else the front end ends a request whose KV is lost, and only then it is reported
 
 
@@ -63,6 +67,7 @@ class WorkerSide:
         self._channel = ConnectorEnd(channel, "worker", self._on_note)
         self._layer_index: dict[str, int] = {}
         self._groups: KvGroups | None = None  # after `register`
+        self._device_pool: DevicePool | None = None
         self._pushed_keys: list[HandoffKey] = []  # of this step
         self._layers_done: set[int] = set()  # in this step
         self._senders: set[str] = set()  # opened and not yet reported
@@ -80,7 +85,13 @@ class WorkerSide:
 
     def register(self, tensors: Mapping[str, torch.Tensor], facts: ModelFacts) -> None:
         """The KV cache exists: start the endpoint over it. Raises UnfitKv, TransportError, ValueError."""
-        pool = pool_of(tensors, facts)
+        pool = pool_of(
+            tensors,
+            facts,
+            staging_bytes=self._settings.staging_bytes,
+            verifies_blocks=self._settings.verifies_blocks,
+        )
+        self._device_pool = pool if isinstance(pool, DevicePool) else None
         self._layer_index = {layer.name: index for index, layer in enumerate(pool.layout.layers)}
         self._groups = KvGroups.of(pool.layout)
         settings = self._settings
@@ -180,6 +191,10 @@ class WorkerSide:
         if index in self._layers_done:
             return
         self._layers_done.add(index)
+        if self._device_pool is not None:
+            # The layer's kernels are enqueued, not done: what is gathered here, on their stream, comes after them.
+            self._endpoint.gather_ahead(self._pushed_keys, index, versions.current_stream())
+            self._device_pool.fence()
         self._call(_tell_ready, self._endpoint, self._pushed_keys, index)
 
     def _expect(self, receive: Receive) -> None:
