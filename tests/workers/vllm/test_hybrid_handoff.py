@@ -276,7 +276,8 @@ async def test_every_wanted_block_of_every_group_counts(hybrid: EnginePair) -> N
                     row[last_block] = 0
 
         answer = await hand_off_spoilt(hybrid, prompt, SAMPLING, spoil)
-        assert answer.tokens != reference.tokens
+        with pytest.raises(AssertionError):
+            assert_same(answer, reference)
     await hybrid.clear()
 
 
