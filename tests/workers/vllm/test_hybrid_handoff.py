@@ -243,6 +243,8 @@ async def test_a_decode_that_is_cancelled_while_it_waits_gives_its_blocks_back(h
 
 
 async def test_the_prefix_cache_is_told_once_and_whole(hybrid: EnginePair) -> None:
+    if all(group.kind != "full" for group in hybrid.decode_engine.layout.groups):
+        pytest.skip("with windows alone a hand-off brings no beginning of a prompt that could be told")
     prompt = prompt_of(300, 12)
     await hybrid.clear()
     hybrid.decode_events.clear()
