@@ -34,7 +34,7 @@ class KvShape(msgspec.Struct, frozen=True):
 
     block_tokens: tuple[Annotated[int, msgspec.Meta(ge=1, le=1 << 20)], ...]  # of each group
     order: Annotated[str, msgspec.Meta(max_length=16)] = (
-        "HND"  # of a block: heads, tokens, (K, V); or "NHD"; "" unknown
+        "HND"  # of a block: heads, tokens, (K, V); or "NHD", "HKtV4" (pool.py); "" unknown
     )
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
     tp_rank: Annotated[int, msgspec.Meta(ge=0, lt=RANKS_MAX)] = 0

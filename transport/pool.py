@@ -11,6 +11,9 @@ import xxhash
 from .base import Extent, HostBuffer
 from .layout import KvLayout
 
+TRANSPOSED_K = "HKtV"
+"""The order of vLLM's CPU kernels, followed by the bytes of a number: of each head K as (dim, tokens), V as (tokens, dim)."""
+
 
 class HostKvPool:
     """Blocks as rows of uint8 arrays (blocks, block bytes), one array a layer; the arrays stay the caller's.
@@ -89,30 +92,48 @@ class HostKvPool:
             self._put(extent, source[start:end].reshape(shape))
             start = end
 
-    def _blocks_view(self, layer: int) -> npt.NDArray[np.uint8]:
-        """A layer as (blocks, tokens, heads, parts, dim bytes), in place."""
-        shape = self._layout.shape
+    def _part_views(self, layer: int) -> list[npt.NDArray[np.uint8]]:
+        """K and V of a layer, in place: each (blocks, tokens, heads, items, item bytes)."""
+        order = self._layout.shape.order
         info, tokens = self._layout.layers[layer], self._layout.block_tokens(layer)
         heads = len(self._layout.rank_heads(layer))
-        rows = self._layers[layer]
         dim = info.head_bytes // info.parts
-        inner = {
-            "HND": (tokens * info.head_bytes, info.head_bytes),
-            "NHD": (info.head_bytes, heads * info.head_bytes),
-        }[shape.order]
-        strides = (rows.strides[0], inner[1], inner[0], dim, 1)
-        return np.lib.stride_tricks.as_strided(
-            rows, (self._blocks, tokens, heads, info.parts, dim), strides, writeable=True
+        if order in ("HND", "NHD"):
+            token, head = info.head_bytes, tokens * info.head_bytes
+            if order == "NHD":
+                token, head = heads * info.head_bytes, info.head_bytes
+            return [self._view(layer, part * dim, (token, head, dim), dim) for part in range(info.parts)]
+        assert order.startswith(TRANSPOSED_K), f"blocks of the unknown order {order} are only sent whole"
+        item = int(order.removeprefix(TRANSPOSED_K))
+        head = tokens * info.head_bytes
+        return [
+            self._view(layer, 0, (item, head, tokens * item), item),
+            self._view(layer, tokens * dim, (dim, head, item), item),
+        ]
+
+    def _view(self, layer: int, offset: int, strides: tuple[int, int, int], item: int) -> npt.NDArray[np.uint8]:
+        """Of one part, from `offset` of each block; `strides` are those of tokens, heads and items."""
+        rows, info = self._layers[layer], self._layout.layers[layer]
+        shape = (
+            self._blocks,
+            self._layout.block_tokens(layer),
+            len(self._layout.rank_heads(layer)),
+            info.head_bytes // info.parts // item,
+            item,
         )
+        return np.lib.stride_tricks.as_strided(rows[:, offset:], shape, (rows.strides[0], *strides, 1), writeable=True)
 
     def _cells(self, extent: Extent) -> npt.NDArray[np.uint8]:
         """A copy of a cut: (parts, tokens, heads, dim bytes)."""
         cut = extent.cut
         assert cut
         heads = slice(cut.first_head, cut.first_head + cut.heads)
-        found = self._blocks_view(extent.layer)[np.array(extent.block_ids), :, heads]
-        tokens = found.reshape(-1, *found.shape[2:])[cut.first_token : cut.first_token + cut.tokens]
-        return tokens.transpose(2, 0, 1, 3)
+        parts = []
+        for view in self._part_views(extent.layer):
+            found = view[np.array(extent.block_ids), :, heads]
+            tokens = found.reshape(-1, cut.heads, found.shape[3] * found.shape[4])
+            parts.append(tokens[cut.first_token : cut.first_token + cut.tokens])
+        return np.stack(parts)
 
     def _put(self, extent: Extent, cells: npt.NDArray[np.uint8]) -> None:
         cut = extent.cut
@@ -121,7 +142,8 @@ class HostKvPool:
         block_tokens = self._layout.block_tokens(extent.layer)
         blocks = np.array(extent.block_ids)[positions // block_tokens]
         heads = slice(cut.first_head, cut.first_head + cut.heads)
-        self._blocks_view(extent.layer)[blocks, positions % block_tokens, heads] = cells.transpose(1, 2, 0, 3)
+        for view, part in zip(self._part_views(extent.layer), cells, strict=True):
+            view[blocks, positions % block_tokens, heads] = part.reshape(cut.tokens, cut.heads, *view.shape[3:])
 
 
 def digest_of(buffers: Iterable[HostBuffer]) -> int:

@@ -21,7 +21,7 @@ from vllm_rig import DECODE_EPOCH, PREFILL_EPOCH, Answer, EnginePair, engine_con
 
 from hocket.bus.block_hash import block_hashes_of
 from hocket.bus.messages import BlockStored, SamplingParams
-from hocket.workers.engines.base import HandoffFailed
+from hocket.workers.engines.base import DecodeTask, HandoffFailed
 from hocket.workers.engines.vllm.engine import VllmEngine
 
 pytestmark = [
@@ -243,15 +243,17 @@ async def test_a_decode_that_is_cancelled_while_it_waits_gives_its_blocks_back(h
 
 
 async def test_the_prefix_cache_is_told_once_and_whole(hybrid: EnginePair) -> None:
+    if all(group.kind != "full" for group in hybrid.decode_engine.layout.groups):
+        pytest.skip("with windows alone a hand-off brings no beginning of a prompt that could be told")
     prompt = prompt_of(300, 12)
     await hybrid.clear()
     hybrid.decode_events.clear()
     await hybrid.hand_off(prompt, SAMPLING)
     wanted = block_hashes_of(prompt, BLOCK)
     async with asyncio.timeout(5):
-        while not wanted[-1:] <= (stored := stored_hashes(hybrid)):
+        while not set(wanted) <= set(stored_hashes(hybrid)):
             await asyncio.sleep(0.02)
-    assert stored == wanted
+    assert stored_hashes(hybrid) == wanted
 
 
 def stored_hashes(pair: EnginePair) -> list[int]:
@@ -276,8 +278,37 @@ async def test_every_wanted_block_of_every_group_counts(hybrid: EnginePair) -> N
                     row[last_block] = 0
 
         answer = await hand_off_spoilt(hybrid, prompt, SAMPLING, spoil)
-        assert answer.tokens != reference.tokens
+        with pytest.raises(AssertionError):
+            assert_same(answer, reference)
     await hybrid.clear()
+
+
+# What vLLM 0.26 needs, which cannot be told that the KV of several groups is lost.
+
+
+@pytest.mark.slow
+async def test_without_a_way_to_report_it_a_lost_load_is_run_again(tmp_path: Path) -> None:
+    model = make_model("ministral", tmp_path)
+    changes = {"max_model_len": MAX_MODEL_LEN, "kv_gib": 0.125, "engine_args": {"skip_tokenizer_init": True}}
+    config = engine_config("decode", model, **changes)
+    engine = VllmEngine(config, worker_id="decode", epoch=DECODE_EPOCH, reports_failed_loads=False)
+    try:
+        info = await engine.start()
+        prompt = prompt_of(195, 15)
+        answers = []
+        for token in (None, os.urandom(16), os.urandom(16)):
+            assert await engine.clear_prefix_cache()
+            answer = Answer()
+            await engine.decode(DecodeTask("r", 1, prompt, SAMPLING, token, 0.3), answer.steps.append)
+            assert answer.computed_tokens == 195
+            answers.append(answer)
+            async with asyncio.timeout(10):
+                while engine.load().kv_blocks_free != info.kv_blocks or engine.load().running:
+                    await asyncio.sleep(0.05)
+        for answer in answers[1:]:
+            assert_same(answer, answers[0])
+    finally:
+        await engine.aclose()
 
 
 # Blocks of another size on the decode side.

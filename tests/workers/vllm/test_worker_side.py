@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from hocket.transport.base import Chunk, Extent, GroupBlocks, HandoffKey
+from hocket.transport.base import Chunk, Cut, Extent, GroupBlocks, HandoffKey
 from hocket.transport.layout import KvGroup
 from hocket.workers.engines.vllm.kv_tensors import KvGroupFacts, ModelFacts, UnfitKv, pool_of
 from hocket.workers.engines.vllm.scheduler import Open, Push, Receive, StepPlan
@@ -315,6 +316,36 @@ def test_blocks_of_another_size_or_order_have_the_same_fingerprint() -> None:
     layout = pool_of(turned, FACTS).layout
     assert layout.fingerprint() == reference.fingerprint()
     assert (reference.shape.order, layout.shape.order) == ("HND", "NHD")
+
+
+def test_blocks_that_are_packed_in_an_unknown_way_fit_only_equal_ones() -> None:
+    unknown = pool_of(make_tensors(0), replace(FACTS, packed_order="")).layout
+    larger = {name: torch.zeros(BLOCKS, 2, 8, 6) for name in LAYERS}
+    groups = (replace(FULL, block_tokens=8),)
+    other = pool_of(larger, replace(FACTS, groups=groups, packed_order="")).layout
+    assert unknown.fingerprint() != other.fingerprint()
+    assert pool_of(make_tensors(0), FACTS).layout.fingerprint() != unknown.fingerprint()
+
+
+def test_tokens_of_blocks_with_k_transposed_are_cut_out_as_of_any_other() -> None:
+    plain, source = {name: torch.rand(BLOCKS, 2, 4, 6) for name in LAYERS}, {}
+    for name, tensor in plain.items():
+        keys, values = tensor[..., :3].transpose(2, 3), tensor[..., 3:]
+        packed = torch.cat([keys.reshape(BLOCKS, 2, -1), values.reshape(BLOCKS, 2, -1)], dim=2)
+        source[name] = packed.reshape(tensor.shape).contiguous()
+    extents = [Extent(layer, (3, 7, 5), Cut(2, 7, 1, 1)) for layer in range(len(LAYERS))]
+    canonical, out = (np.zeros(7 * 24 * len(LAYERS), np.uint8) for _ in range(2))
+    pool_of(plain, FACTS).pack(extents, canonical)
+    transposed = replace(FACTS, packed_order="HKtV4")
+    pool_of(source, transposed).pack(extents, out)
+    assert np.array_equal(out, canonical)
+    target = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
+    into = pool_of(target, transposed)
+    into.unpack(extents, out)
+    again = np.zeros_like(out)
+    into.pack(extents, again)
+    assert np.array_equal(again, canonical)
+    assert sum(int(tensor.count_nonzero()) for tensor in target.values()) == 7 * 6 * len(LAYERS)
 
 
 def test_a_window_of_another_length_is_another_fingerprint() -> None:

@@ -148,6 +148,7 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         assert self._worker
         config = self._config
+        number_bytes = min(0 if isinstance(kv, Sequence) else kv.element_size() for kv in kv_caches.values())
         facts = ModelFacts(
             model=self._extra["model"],
             revision=self._extra["revision"],
@@ -158,6 +159,7 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             kv_heads=config.model_config.get_total_num_kv_heads(),
             tp_size=config.parallel_config.tensor_parallel_size,
             tp_rank=config.parallel_config.rank % config.parallel_config.tensor_parallel_size,
+            packed_order=versions.packed_order(config, kv_caches, number_bytes),
         )
         try:
             self._worker.register(kv_caches, facts)

@@ -2,7 +2,8 @@
 
 A model with several KV groups tells of each group's blocks, under the same hashes. Only one group's count here, that of
 full attention: it keeps whole prefixes, while a window's blocks come and go behind it. A prefix that is told is therefore an
-upper bound of the hit: the engine also needs the window before its end, which may have been taken back.
+upper bound of the hit: the engine also needs the window before its end, which may have been taken back. Of a model that has
+windows alone, what a hand-off brings is not told: blocks whose beginning is not there cannot be found by a prompt.
 """
 
 from __future__ import annotations

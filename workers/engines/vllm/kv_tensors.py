@@ -47,6 +47,7 @@ class ModelFacts:
     kv_heads: int  # of the model, over all tensor-parallel ranks
     tp_size: int = 1
     tp_rank: int = 0
+    packed_order: str | None = None  # how a block really lies in memory, when the tensor's strides do not tell
 
 
 def group_facts(groups: Sequence[Unchecked]) -> tuple[KvGroupFacts, ...]:
@@ -102,6 +103,7 @@ def pool_of(
     orders = {_check(name, tensors[name], facts.groups[group].block_tokens) for name, group in own.items()}
     if len(orders) != 1:
         raise UnfitKv(f"layers lay their blocks out differently: {', '.join(sorted(orders))}")
+    order = orders.pop() if facts.packed_order is None else facts.packed_order
     rows = [_rows(tensors[name]) for name in own]
     device = rows[0].device.type
     groups = kv_groups(facts.groups)
@@ -111,7 +113,7 @@ def pool_of(
         dtype=facts.dtype,
         kv_dtype=",".join(sorted({_dtype(tensors[name]) for name in own})),
         layers=tuple(_layer(name, tensors[name], facts, group) for name, group in own.items()),
-        shape=KvShape(groups.block_tokens, orders.pop(), facts.tp_size, facts.tp_rank),
+        shape=KvShape(groups.block_tokens, order, facts.tp_size, facts.tp_rank),
         groups=groups.groups,
         digest="xxh3" if device == "cpu" else "weighted",
         extra=f"vllm {facts.engine} {facts.backends}",

