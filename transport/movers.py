@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import lcm
 from typing import Protocol, runtime_checkable
 
 from .base import Done, HandoffKey, KvPool, Link
@@ -15,8 +16,9 @@ from .staging import HostStager, StagedMover
 from .wire import MessageSizes
 
 CUT_BYTES = 1 << 20  # copied on the loop: 0.3 to 1 ms
-CUT_STAGING_BYTES = 32 << 20
-_HOST_SIZES = MessageSizes()
+HOST_BYTES = 8 << 20  # a run of it costs less in parts whose digests overlap with the next part's way
+STAGING_BYTES = 32 << 20
+RUN_BYTES = 128 << 10  # shorter runs are put together: each one costs Python 2 us or more on either side
 _CUT_SIZES = MessageSizes(CUT_BYTES, CUT_BYTES, CUT_BYTES)
 _DEVICE_SIZES = MessageSizes(16 << 20, 4 << 20, 16 << 20)  # NVLink wants 16 MiB a message; reference: docs/transport.md
 
@@ -27,14 +29,17 @@ class DevicePool(KvPool, Stager, Protocol):
 
 
 class HostMover:
-    """Implements `Mover` for host memory: whole blocks directly, cuts through staging memory."""
+    """Implements `Mover` for host memory: long runs of blocks directly; cuts and short runs through staging memory."""
 
     def __init__(self, pool: HostKvPool) -> None:
+        self._pool = pool
         self._direct = DirectMover(pool)
-        self._staged = StagedMover(HostStager(pool, CUT_STAGING_BYTES))
+        self._staged = StagedMover(HostStager(pool, STAGING_BYTES))
+        self._received: dict[MessageId, Mover] = {}  # until their digest is asked for
 
-    def _of(self, extents: Extents) -> Mover:
-        return self._direct if extents[0].cut is None else self._staged
+    def _of(self, extents: Extents, nbytes: int) -> Mover:
+        is_staged = extents[0].cut is not None or (nbytes <= HOST_BYTES and self._pool.is_scattered(extents, RUN_BYTES))
+        return self._staged if is_staged else self._direct
 
     def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
         pass
@@ -48,13 +53,20 @@ class HostMover:
     def send(
         self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
     ) -> None:
-        self._of(extents).send(link, message, extents, nbytes, done, on_digest)
+        self._of(extents, nbytes).send(link, message, extents, nbytes, done, on_digest)
 
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
-        self._of(extents).receive(link, message, extents, nbytes, done)
+        mover = self._of(extents, nbytes)
+
+        def received(error: BaseException | None) -> None:
+            if error is None:
+                self._received[message] = mover
+            done(error)
+
+        mover.receive(link, message, extents, nbytes, received)
 
     def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
-        self._of(extents).digest(message, extents, on_digest)
+        self._received.pop(message).digest(message, extents, on_digest)
 
     def drop(self, link: Link) -> None:
         self._staged.drop(link)
@@ -74,6 +86,12 @@ def mover_for(pool: KvPool) -> Mover:
 
 def sizes_for(pool: KvPool, theirs: KvShape) -> MessageSizes:
     """How large messages are on a link to a rank of this shape; alike on both sides."""
-    if pool.layout.digest != "xxh3":
+    layout = pool.layout
+    if layout.digest != "xxh3":
         return _DEVICE_SIZES
-    return _HOST_SIZES if theirs == pool.layout.shape else _CUT_SIZES
+    if theirs != layout.shape:
+        return _CUT_SIZES
+    # A message is one layer of the fewest tokens that whole blocks of all groups have, at the least.
+    unit = lcm(*layout.shape.block_tokens)
+    least = max(unit // layout.block_tokens(layer) * layout.block_bytes(layer) for layer in range(len(layout.layers)))
+    return MessageSizes(bytes_max=max(HOST_BYTES, least))

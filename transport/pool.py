@@ -69,25 +69,56 @@ class HostKvPool:
         """xxh3-64 over the bytes of whole blocks in that order. Thread-safe; releases the GIL for large runs."""
         return digest_of(self.buffers(extents))
 
+    def is_scattered(self, extents: Iterable[Extent], run_bytes: int) -> bool:
+        """Whether whole blocks lie in runs shorter than that on the average, in layers that `pack` reads at once."""
+        nbytes = runs = 0
+        for extent in extents:
+            if self._flat[extent.layer] is None:
+                return False
+            ids = np.array(extent.block_ids)
+            runs += 1 + int(np.count_nonzero(np.diff(ids) != 1))
+            nbytes += len(ids) * self._layout.block_bytes(extent.layer)
+        return nbytes < runs * run_bytes
+
     def pack(self, extents: Iterable[Extent], out: HostBuffer) -> None:
-        """Copy cuts, one after the other, in canonical order (K/V, token, head, dim), into `out`. Thread-safe."""
+        """Copy cuts in canonical order (K/V, token, head, dim), or whole blocks, one after the other, into `out`.
+
+        Thread-safe. Raises IndexError.
+        """
         start = 0
         for extent in extents:
-            cells = self._cells(extent)
-            end = start + cells.size
-            out[start:end].reshape(cells.shape)[:] = cells
+            if extent.cut is None:
+                ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+                end = start + len(ids) * rows.shape[1]
+                blocks = out[start:end].reshape(len(ids), rows.shape[1])
+                np.take(rows, ids, axis=0, out=blocks, mode="clip")  # "raise" would go through one more copy.
+            else:
+                cells = self._cells(extent)
+                end = start + cells.size
+                out[start:end].reshape(cells.shape)[:] = cells
             start = end
 
     def unpack(self, extents: Iterable[Extent], source: HostBuffer) -> None:
-        """What `pack` has put together goes into these cuts. Thread-safe for cuts of other blocks."""
+        """What `pack` has put together goes into these cuts or blocks. Thread-safe for other blocks. Raises IndexError."""
         start = 0
         for extent in extents:
-            assert extent.cut
+            if extent.cut is None:
+                ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+                end = start + len(ids) * rows.shape[1]
+                rows[ids] = source[start:end].reshape(len(ids), rows.shape[1])
+                start = end
+                continue
             layer = self._layout.layers[extent.layer]
             shape = (layer.parts, extent.cut.tokens, extent.cut.heads, layer.head_bytes // layer.parts)
             end = start + int(np.prod(shape))
             self._put(extent, source[start:end].reshape(shape))
             start = end
+
+    def _checked_ids(self, extent: Extent) -> npt.NDArray[np.int64]:
+        ids = np.array(extent.block_ids, np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._blocks:
+            raise IndexError(f"blocks {ids.min()}..{ids.max()} of a pool of {self._blocks}")
+        return ids
 
     def _blocks_view(self, layer: int) -> npt.NDArray[np.uint8]:
         """A layer as (blocks, tokens, heads, parts, dim bytes), in place."""
