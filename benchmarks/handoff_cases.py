@@ -9,7 +9,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hocket.transport import Chunk, Expectation, GroupBlocks, HandoffKey, HostKvPool, KvLayer, KvLayout, KvShape, SendOrder
+from hocket.transport import (
+    Chunk,
+    Expectation,
+    GroupBlocks,
+    HandoffKey,
+    HostKvPool,
+    KvLayer,
+    KvLayout,
+    KvShape,
+    SendOrder,
+)
 from hocket.transport.base import KvPool
 
 MIB = 1 << 20

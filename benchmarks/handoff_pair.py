@@ -96,7 +96,9 @@ class Pair:
             await end.stop(grace_s=grace_s)
         self._folder.cleanup()
 
-    async def both(self, step: Step, *, case: Case | None = None, method: str = "", seconds: float = 0.0) -> list[Answer]:
+    async def both(
+        self, step: Step, *, case: Case | None = None, method: str = "", seconds: float = 0.0
+    ) -> list[Answer]:
         """The decode side is told first. Raises MethodFailed."""
         ends = (self.decode, self.prefill)
         for end in ends:

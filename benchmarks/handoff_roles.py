@@ -10,7 +10,17 @@ from typing import IO, Literal
 
 import msgspec
 from handoff_cases import Arena, Case, HostArena, HostMemory, Memory
-from handoff_methods import CopySink, Endpoints, Facts, HandoffSink, HandoffSource, Sink, SocketSink, SocketSource, Source
+from handoff_methods import (
+    CopySink,
+    Endpoints,
+    Facts,
+    HandoffSink,
+    HandoffSource,
+    Sink,
+    SocketSink,
+    SocketSource,
+    Source,
+)
 from handoff_nixl import Agent, NixlSink, NixlSource
 
 Step = Literal["case", "open", "accept", "prepare", "go", "spoil", "check", "idle"]

@@ -4,13 +4,12 @@
     python benchmarks/kv_handoff.py [--quick] [--json FILE] [--nixl-site DIR]
     python benchmarks/kv_handoff.py --device cuda       two processes on one GPU, under an MPS daemon of their own
 
-`ms` is from "all layers are ready" in the prefill process to "landed and verified" in the decode process; the claim was
-granted and the chunk announced before, as in a worker, where a prompt's computing takes longer than that. `with claim` begins with
-dialling nothing and knowing nothing but the address: claim, grant and announcement are in it. The methods take turns in the same
-two processes; what is shown are medians. The bytes of each method are compared once for each case. Ours has digests on both
-sides; NIXL (WRITE, prepared descriptors, the receiver notified) and sockets have none. `memcpy` is one pass over the same
-blocks by one thread inside one process; on a GPU `one process` gathers, copies and scatters in 16 MiB pieces on three
-streams. docs/benchmarks.md explains the columns.
+`ms` is from "all layers are ready" in the prefill process to "landed and verified" in the decode process. The claim was
+granted and the chunk announced before, as in a worker, where computing a prompt takes longer than that; in `with claim`
+they come after the layers. The methods take turns in the same two processes; what is shown are medians. The bytes of each
+method are compared once for each case. Ours has digests on both sides; NIXL (WRITE, prepared descriptors, the receiver
+notified) and sockets have none. `memcpy` is one pass over the same blocks by one thread of one process; on a GPU
+`one process` gathers, copies and scatters in 16 MiB pieces on three streams. docs/benchmarks.md says more.
 """
 
 from __future__ import annotations
@@ -39,7 +38,17 @@ WITHOUT_CLAIM = ("sockets", "layers", *ALONE)
 CONTIGUOUS_MIB = (1, 4, 16, 64, 256, 1024)
 SCATTERED_KIB = (16, 32, 64)
 IDLE_S = 5.0
-PACKAGES = ("ucxx-cu13", "ucxx-cu12", "libucx-cu13", "libucx-cu12", "nixl-cu13", "nixl-cu12", "torch", "numpy", "xxhash")
+PACKAGES = (
+    "ucxx-cu13",
+    "ucxx-cu12",
+    "libucx-cu13",
+    "libucx-cu12",
+    "nixl-cu13",
+    "nixl-cu12",
+    "torch",
+    "numpy",
+    "xxhash",
+)
 COLUMNS = {
     "case": "case",
     "method": "method",
@@ -251,12 +260,16 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 def show(rows: list[Row]) -> None:
     """As they come: a run that is cut off has shown what it had."""
     for row in rows:
-        cells = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+        cells = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+        )
         print("  ".join(cells), flush=True)
 
 
 def run(plan: Plan, json_file: Path | None, *, shows_rows: bool) -> None:
-    progress = Progress(sum((plan.rounds + 1) * len(case_methods(case, plan)) for case in plan.cases) + len(plan.methods))
+    progress = Progress(
+        sum((plan.rounds + 1) * len(case_methods(case, plan)) for case in plan.cases) + len(plan.methods)
+    )
     kept: list[Row] = []
 
     def on_rows(rows: list[Row]) -> None:
