@@ -41,6 +41,7 @@ class Case(msgspec.Struct, frozen=True):
     blocks: int
     block_bytes: int
     is_one_run: bool = False
+    layer_ms: float = 0.0  # of computing before each layer; 0: all layers are there at once
 
     @property
     def kv_bytes(self) -> int:
@@ -88,7 +89,9 @@ class Arena(Protocol):
 class Memory(Protocol):
     """The KV of one case on one side: all layers in one piece, block after block."""
 
-    pool: KvPool
+    @property
+    def pool(self) -> KvPool:
+        """Its blocks; made when it is first asked for."""
 
     def fill(self) -> None:
         """Prefill side: words that are all different."""
@@ -136,14 +139,14 @@ class HostMemory:
         targets = np.array(case.block_ids("decode"))
         wrong = 0
         for layer, rows in enumerate(self.rows):
-            for part in _parts(case.blocks, case.block_bytes):
+            for part in block_parts(case.blocks, case.block_bytes):
                 first = (sources[part] + np.uint64(layer * case.blocks)) * np.uint64(words)
                 wanted = (first[:, None] + np.arange(words, dtype=np.uint64)) * np.uint64(_GOLDEN)
                 wrong += int((rows[targets[part]].view(np.uint64) != wanted).any(axis=1).sum())
         return wrong
 
 
-def _parts(blocks: int, block_bytes: int) -> Iterator[slice]:
+def block_parts(blocks: int, block_bytes: int) -> Iterator[slice]:
     """All blocks, 32 MiB at a time."""
     step = max(1, (32 * MIB) // block_bytes)
     yield from (slice(start, start + step) for start in range(0, blocks, step))
@@ -157,3 +160,28 @@ def contiguous(mib: int) -> Case:
 def scattered(kib: int) -> Case:
     """32 layers x 2 x 64 blocks of so many KiB."""
     return Case(f"32 x 2 x 64 blocks of {kib} KiB", _PLANES, _PLANE_BLOCKS, kib << 10)
+
+
+def layer_by_layer(layer_ms: float) -> Case:
+    """32 layers of 4 MiB in blocks of 64 KiB, each there so many milliseconds after the one before it."""
+    return Case(f"layer by layer, 32 x 4 MiB, {layer_ms} ms each", 32, 64, 64 << 10, layer_ms=layer_ms)
+
+
+def gpu_cases(device: str, *, quick: bool) -> list[Case]:
+    """What is moved between two processes on a GPU; a toy of it where kernels are interpreted on the CPU."""
+    if device == "interpreted":
+        return [
+            Case("2 MiB in one run", 1, 32, 64 << 10, is_one_run=True),
+            Case("4 x 16 blocks of 16 KiB", 4, 16, 16 << 10),
+        ]
+    layers = [layer_by_layer(0.5), layer_by_layer(2.5)]
+    if quick:
+        return [scattered(64), layers[0]]
+    return [
+        scattered(64),
+        *layers,
+        *map(contiguous, (16, 256, 1024)),
+        scattered(16),
+        scattered(32),
+        *map(contiguous, (1, 4, 64)),
+    ]

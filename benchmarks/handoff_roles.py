@@ -153,10 +153,10 @@ class Role:
         if name == "sockets":
             assert isinstance(self._memory, HostMemory)
             return SocketSource(self._case, self._memory)
-        if name == "layers":
+        if self._case.layer_ms:
             from handoff_gpu import LayerSource  # It needs torch.
 
-            return LayerSource(self._case, self._endpoints)
+            return LayerSource(self._case, self._endpoints, name)
         return HandoffSource(self._case, self._endpoints, name)
 
     def _sink(self, name: str) -> Sink:
@@ -170,10 +170,11 @@ class Role:
             if name == "memcpy":
                 return CopySink(self._case, self._memory)
         elif name == "one process":
-            from handoff_gpu import GpuCopySink
+            from handoff_gpu import GpuCopySink, GpuMemory
 
+            assert isinstance(self._memory, GpuMemory)
             return GpuCopySink(self._case, self._memory)
-        return HandoffSink(self._case, self._endpoints, "ucx" if name == "layers" else name)
+        return HandoffSink(self._case, self._endpoints, name)
 
 
 def _arena(setup: Setup) -> Arena:
@@ -187,8 +188,9 @@ def _arena(setup: Setup) -> Arena:
 def _memory(case: Case, arena: Arena) -> Memory:
     if isinstance(arena, HostArena):
         return HostMemory(case, arena)
-    from handoff_gpu import GpuMemory
+    from handoff_gpu import GpuArena, GpuMemory
 
+    assert isinstance(arena, GpuArena)
     return GpuMemory(case, arena)
 
 

@@ -27,14 +27,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
-from handoff_cases import MIB, Case, contiguous, scattered
+from handoff_cases import MIB, Case, contiguous, gpu_cases, scattered
+from handoff_mps import mps_daemon
 from handoff_pair import MethodFailed, Pair
 from handoff_roles import Setup, run_role
 from measure import Progress, Row, machine, print_table, versions, write_json
 
 SCHEMES = ("ucx", "cma", "tcp")
 ALONE = ("memcpy", "one process")
-WITHOUT_CLAIM = ("sockets", "layers", *ALONE)
+WITHOUT_CLAIM = ("sockets", *ALONE)
 CONTIGUOUS_MIB = (1, 4, 16, 64, 256, 1024)
 SCATTERED_KIB = (16, 32, 64)
 IDLE_S = 5.0
@@ -88,7 +89,8 @@ class Measured:
         if self.seconds[True]:
             row["ms"] = 1e3 * statistics.median(self.seconds[True])
             row["ms_min"] = 1e3 * min(self.seconds[True])
-            row["gb_per_s"] = case.kv_bytes / statistics.median(self.seconds[True]) / 1e9
+            if not case.layer_ms:
+                row["gb_per_s"] = case.kv_bytes / statistics.median(self.seconds[True]) / 1e9
             row["cpu_ms"] = 1e3 * statistics.median(self.cpu_s)
         if self.seconds[False]:
             row["claim_ms"] = 1e3 * statistics.median(self.seconds[False])
@@ -100,7 +102,8 @@ class Runner:
 
     def __init__(self, plan: Plan, progress: Progress, show: Callable[[list[Row]], None]) -> None:
         self._plan, self._progress, self._show = plan, progress, show
-        self._environment = dict(os.environ)
+        interpret = {"TRITON_INTERPRET": "1"} if plan.device == "interpreted" else {}
+        self._environment = {**os.environ, **interpret}
         self._pair: Pair | None = None
         self._opened: set[str] = set()
         self._broken: dict[str, str] = {}  # method -> why, for cases to come: it is not there at all
@@ -151,7 +154,7 @@ class Runner:
             if wrong := await pair.wrong_blocks():
                 raise MethodFailed(f"{wrong} blocks are wrong")
             return
-        for ahead in (True,) if method in WITHOUT_CLAIM else (True, False):
+        for ahead in (True,) if method in WITHOUT_CLAIM or case.layer_ms else (True, False):
             seconds, cpu_s = await pair.once(method, ahead=ahead, is_alone=is_alone)
             one.seconds[ahead].append(seconds)
             if ahead:
@@ -201,9 +204,7 @@ class Runner:
 
 def case_methods(case: Case, plan: Plan) -> list[str]:
     """NIXL first: ours sets UCX's variables in its process when it starts."""
-    if case.name.startswith("layer by layer"):
-        return ["layers"]
-    return plan.methods
+    return [method for method in plan.methods if method in SCHEMES] if case.layer_ms else plan.methods
 
 
 def compared(rows: list[Row]) -> list[Row]:
@@ -239,8 +240,6 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         if quick:
             cases = [contiguous(16), scattered(16)]
     else:
-        from handoff_gpu import gpu_cases
-
         cases, methods = gpu_cases(device, quick=quick), ["nixl", "ucx", "one process"]
     if arguments.methods:
         methods = [method for method in methods if method in arguments.methods.split(",")]
@@ -311,8 +310,6 @@ def main() -> None:
         return
     plan = make_plan(arguments)
     if arguments.device == "cuda":
-        from handoff_gpu import mps_daemon
-
         with mps_daemon():
             run(plan, arguments.json, shows_rows=True)
     else:
