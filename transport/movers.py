@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import lcm
 from typing import Protocol, runtime_checkable
 
@@ -17,7 +17,6 @@ from .wire import MessageSizes
 
 CUT_BYTES = 1 << 20  # copied on the loop: 0.3 to 1 ms
 HOST_BYTES = 8 << 20  # a run of it costs less in parts whose digests overlap with the next part's way
-STAGING_BYTES = 32 << 20
 RUN_BYTES = 128 << 10  # shorter runs are put together: each one costs Python 2 us or more on either side
 _CUT_SIZES = MessageSizes(CUT_BYTES, CUT_BYTES, CUT_BYTES)
 _DEVICE_SIZES = MessageSizes(16 << 20, 4 << 20, 16 << 20)  # NVLink wants 16 MiB a message; reference: docs/transport.md
@@ -31,24 +30,28 @@ class DevicePool(KvPool, Stager, Protocol):
 class HostMover:
     """Implements `Mover` for host memory: long runs of blocks directly; cuts and short runs through staging memory."""
 
-    def __init__(self, pool: HostKvPool) -> None:
+    def __init__(self, pool: HostKvPool, staging_bytes: int) -> None:
         self._pool = pool
         self._direct = DirectMover(pool)
-        self._staged = StagedMover(HostStager(pool, STAGING_BYTES))
+        self._staged = StagedMover(HostStager(pool, staging_bytes))
+        self._staged_bytes_max = staging_bytes // 4  # of a message of whole blocks: several must be under way
         self._received: dict[MessageId, Mover] = {}  # until their digest is asked for
 
     def _of(self, extents: Extents, nbytes: int) -> Mover:
-        is_staged = extents[0].cut is not None or (nbytes <= HOST_BYTES and self._pool.is_scattered(extents, RUN_BYTES))
-        return self._staged if is_staged else self._direct
+        if extents[0].cut is not None:
+            return self._staged
+        has_room = nbytes <= self._staged_bytes_max
+        return self._staged if has_room and self._pool.is_scattered(extents, RUN_BYTES) else self._direct
 
-    def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
-        pass
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        if messages[0][1][0].cut is not None:
+            self._staged.plan(link, messages)
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        pass
+        self._staged.gather_ahead(keys, layer, stream)
 
     def forget(self, key: HandoffKey) -> None:
-        pass
+        self._staged.forget(key)
 
     def send(
         self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
@@ -76,11 +79,15 @@ class HostMover:
         self._staged.close()
 
 
-def mover_for(pool: KvPool) -> Mover:
-    """On the endpoint's loop."""
+def mover_for(pool: KvPool, staging_bytes: int) -> Mover:
+    """On the endpoint's loop; a pool in device memory brings its own staging memory."""
     if isinstance(pool, HostKvPool):
-        return HostMover(pool)
+        return HostMover(pool, staging_bytes)
     assert isinstance(pool, DevicePool), f"nothing moves a {type(pool).__name__}"
+    if pool.message_bytes_max < _DEVICE_SIZES.bytes_max:
+        raise ValueError(
+            f"{pool.staging_bytes} B of staging memory are less than a message, {_DEVICE_SIZES.bytes_max} B"
+        )
     return StagedMover(pool)
 
 

@@ -61,8 +61,8 @@ class ReceiveEnded(msgspec.Struct, frozen=True, tag="receive_ended"):
 
     token: bytes
     is_landed: bool
-    first_block: int
-    good_blocks: int
+    first_token: int  # what lies before came from the engine's own cache
+    valid_token: int  # the engine computes the prompt from here on
     kv_bytes: int
     reason: str
 
