@@ -85,6 +85,9 @@ class Arena(Protocol):
     nbytes: int
     kind: str  # for NIXL: "DRAM", "VRAM"
 
+    def enter(self) -> None:
+        """A thread's first word to the device, for libraries that expect one."""
+
 
 class Memory(Protocol):
     """The KV of one case on one side: all layers in one piece, block after block."""
@@ -112,6 +115,9 @@ class HostArena:
         self.words = np.ones(nbytes // 8, np.uint64)
         self.address = self.words.ctypes.data
         self.nbytes = nbytes
+
+    def enter(self) -> None:
+        pass
 
 
 class HostMemory:
@@ -173,6 +179,7 @@ def gpu_cases(device: str, *, quick: bool) -> list[Case]:
         return [
             Case("2 MiB in one run", 1, 32, 64 << 10, is_one_run=True),
             Case("4 x 16 blocks of 16 KiB", 4, 16, 16 << 10),
+            Case("4 layers", 4, 16, 16 << 10, layer_ms=5.0),
         ]
     layers = [layer_by_layer(0.5), layer_by_layer(2.5)]
     if quick:

@@ -32,6 +32,10 @@ class GpuArena:
             self.kind = "DRAM"
         self.wait()
 
+    def enter(self) -> None:
+        if self.is_cuda:
+            torch.cuda.set_device(0)
+
     def wait(self) -> None:
         """Until the GPU has done all that it was told."""
         if self.is_cuda:
@@ -174,11 +178,12 @@ class LayerSource(HandoffSource):
 
     async def open(self, theirs: Facts) -> Facts:
         facts = await super().open(theirs)
-        await asyncio.to_thread(self._warm_up)
+        if torch.cuda.is_available():
+            await asyncio.to_thread(self._warm_up)
         return facts
 
     def _warm_up(self) -> None:
-        torch.cuda.set_device(0)
+        """Find out how many matmuls a layer is."""
         self._stream = torch.cuda.Stream()
         rows, inner = MATMUL
         self._input = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
@@ -196,9 +201,22 @@ class LayerSource(HandoffSource):
         self._matmuls = max(1, round(self._case.layer_ms / (begin.elapsed_time(end) / 40)))
 
     async def send(self) -> float:
-        at = await asyncio.to_thread(self._compute, asyncio.get_running_loop())
+        compute = self._compute if torch.cuda.is_available() else self._pretend
+        at = await asyncio.to_thread(compute, asyncio.get_running_loop())
         await self.landed()
         return at
+
+    def _pretend(self, loop: asyncio.AbstractEventLoop) -> float:
+        """Without a GPU: nothing computes, and what is gathered is there."""
+        for layer in range(self._case.layers):
+            time.sleep(self._case.layer_ms / 1e3)
+            ended = time.perf_counter()
+            self._ready(loop, layer, None)
+        return ended
+
+    def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: torch.cuda.Stream | None) -> None:
+        self.endpoint.gather_ahead([self.key], layer, stream)
+        loop.call_soon_threadsafe(self.endpoint.layer_ready, self.key, layer)
 
     def _compute(self, loop: asyncio.AbstractEventLoop) -> float:
         """When the last layer's matmuls had ended, by the GPU's clock."""
@@ -212,7 +230,6 @@ class LayerSource(HandoffSource):
                     torch.mm(self._input, self._weight, out=self._output)
                 if layer == self._case.layers - 1:
                     end.record()
-                self.endpoint.gather_ahead([self.key], layer, self._stream)
-                loop.call_soon_threadsafe(self.endpoint.layer_ready, self.key, layer)
+                self._ready(loop, layer, self._stream)
         end.synchronize()
-        return began + begin.elapsed_time(end) / 1e3
+        return began + float(begin.elapsed_time(end)) / 1e3

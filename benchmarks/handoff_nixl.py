@@ -106,6 +106,7 @@ class NixlSource:
         return await asyncio.to_thread(self._send)
 
     def _send(self) -> float:
+        self._agent.arena.enter()
         started = time.perf_counter()
         handle = self._handle or self._make()
         state = self._agent.nixl.transfer(handle)
@@ -149,6 +150,7 @@ class NixlSink:
         return await asyncio.to_thread(self._receive)
 
     def _receive(self) -> float:
+        self._agent.arena.enter()
         until(self._agent.was_told, "notification")
         at = time.perf_counter()
         self._agent.nixl.send_notif(self._peer, b"a")

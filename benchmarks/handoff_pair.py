@@ -16,7 +16,7 @@ from handoff_methods import Facts
 from handoff_roles import Answer, Command, Setup, Step
 
 START_TIMEOUT_S = 60.0
-STEP_TIMEOUT_S = 45.0  # the first one with a GPU compiles kernels
+STEP_TIMEOUT_S = 60.0  # the first one with a GPU compiles kernels
 LINE_BYTES_MAX = 1 << 20
 
 

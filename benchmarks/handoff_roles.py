@@ -132,8 +132,10 @@ class Role:
         self._endpoints = Endpoints(self._memory, is_decode=self._setup.side == "decode")
 
     async def _close_case(self) -> None:
-        for one in [*self._sources.values(), *self._sinks.values()]:
-            await one.aclose()
+        for source in self._sources.values():
+            await source.aclose()
+        for sink in self._sinks.values():
+            await sink.aclose()
         self._sources.clear()
         self._sinks.clear()
         if self._endpoints:

@@ -186,7 +186,8 @@ class Runner:
         rows: list[Row] = []
         case = contiguous(1)
         for method in self._plan.methods:
-            if method in (*ALONE, "sockets", *self._broken) or not self._plan.idle_s:
+            is_over = time.monotonic() > self._plan.deadline
+            if method in (*ALONE, "sockets", *self._broken) or not self._plan.idle_s or is_over:
                 continue
             self._progress.step(f"idle {method}")
             try:
