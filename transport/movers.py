@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from .base import Done, HandoffKey, KvPool, Link
 from .handoff import MessageId
 from .layout import KvShape
-from .mover import DirectMover, Extents, Mover, OnDigest
+from .mover import DigestingLink, DirectMover, Extents, Mover, OnDigest
 from .pool import HostKvPool
 from .stager import Stager
 from .staging import HostStager, StagedMover
@@ -37,9 +37,11 @@ class HostMover:
         self._staged_bytes_max = staging_bytes // 4  # of a message of whole blocks: several must be under way
         self._received: dict[MessageId, Mover] = {}  # until their digest is asked for
 
-    def _of(self, extents: Extents, nbytes: int) -> Mover:
+    def _of(self, link: Link, extents: Extents, nbytes: int) -> Mover:
         if extents[0].cut is not None:
             return self._staged
+        if isinstance(link, DigestingLink):
+            return self._direct  # It reads and writes blocks at memory's speed.
         has_room = nbytes <= self._staged_bytes_max
         return self._staged if has_room and self._pool.is_scattered(extents, RUN_BYTES) else self._direct
 
@@ -56,10 +58,10 @@ class HostMover:
     def send(
         self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
     ) -> None:
-        self._of(extents, nbytes).send(link, message, extents, nbytes, done, on_digest)
+        self._of(link, extents, nbytes).send(link, message, extents, nbytes, done, on_digest)
 
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
-        mover = self._of(extents, nbytes)
+        mover = self._of(link, extents, nbytes)
 
         def received(error: BaseException | None) -> None:
             if error is None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import uvloop
+import xxhash
 from transport_rig import (
+    BLOCK_TOKENS,
     DECODE_EPOCH,
     chunk,
     differing_blocks,
@@ -25,6 +27,9 @@ from hocket.transport import (
     HandoffEndpoint,
     HandoffKey,
     HostKvPool,
+    KvLayer,
+    KvLayout,
+    KvShape,
     ReceiveEnd,
     TransportUnavailable,
     installed_schemes,
@@ -65,6 +70,17 @@ def test_whole_blocks_are_packed_and_unpacked_in_their_order() -> None:
             pool.pack([Extent(0, (0, wrong))], packed[:128])
         with pytest.raises(IndexError):
             other.unpack([Extent(0, (0, wrong))], packed[:128])
+
+
+def test_a_digest_is_the_same_by_whatever_way_it_is_made() -> None:
+    sizes = (32 << 10, 192 << 10, 48 << 10)  # short, long and odd parts of the memory that blocks are put together in
+    layers = tuple(KvLayer(f"layer.{number}", 1, size // BLOCK_TOKENS) for number, size in enumerate(sizes))
+    pool = make_pool(KvLayout("test/model", "main", "float32", "float32", layers, KvShape((BLOCK_TOKENS,))), 80, seed=3)
+    block_ids = tuple(np.random.default_rng(5).permutation(80)[:70].tolist())
+    extents = [Extent(layer, block_ids) for layer in range(3)]
+    assert pool.is_scattered(extents, 128 << 10)
+    blocks = (bytes(pool.buffers([Extent(layer, (block,))])[0]) for layer in range(3) for block in block_ids)
+    assert pool.digest(extents) == xxhash.xxh3_64_intdigest(b"".join(blocks))
 
 
 def test_blocks_are_scattered_when_their_runs_are_short() -> None:
