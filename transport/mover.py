@@ -70,6 +70,7 @@ class DirectMover:
     def __init__(self, pool: HostKvPool) -> None:
         self._pool = pool
         self._digests: dict[MessageId, int] = {}  # that links made, until they are asked for
+        self._digesting: dict[Link, DigestingLink | None] = {}  # isinstance of a protocol takes 10 us
         self._loop = asyncio.get_running_loop()
         self._digesters = ThreadPoolExecutor(2, "kv-digest")  # Starts its threads on first use.
 
@@ -94,15 +95,16 @@ class DirectMover:
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
         buffers = self._pool.buffers(extents)
         tag = tag_of(message)
+        digesting = self.digesting(link)
 
         def received(error: BaseException | None) -> None:
-            if error is None and isinstance(link, DigestingLink) and (digest := link.received_digest(tag)) is not None:
+            if error is None and digesting and (digest := digesting.received_digest(tag)) is not None:
                 self._digests[message] = digest
             done(error)
 
         try:
-            if isinstance(link, DigestingLink):
-                link.makes_digests = True
+            if digesting:
+                digesting.makes_digests = True
             link.post_receive(tag, Place(nbytes, lambda: buffers), received)
         except LinkLost as error:
             done(error)
@@ -115,7 +117,13 @@ class DirectMover:
         self._digest(extents, sum(sizes), on_digest)
 
     def drop(self, link: Link) -> None:
-        pass
+        self._digesting.pop(link, None)
+
+    def digesting(self, link: Link) -> DigestingLink | None:
+        """The link, if it is one of those."""
+        if link not in self._digesting:
+            self._digesting[link] = link if isinstance(link, DigestingLink) else None
+        return self._digesting[link]
 
     def close(self) -> None:
         self._digesters.shutdown(wait=True)

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from .base import Done, HandoffKey, KvPool, Link
 from .handoff import MessageId
 from .layout import KvShape
-from .mover import DigestingLink, DirectMover, Extents, Mover, OnDigest
+from .mover import DirectMover, Extents, Mover, OnDigest
 from .pool import HostKvPool
 from .stager import Stager
 from .staging import HostStager, StagedMover
@@ -18,6 +18,7 @@ from .wire import MessageSizes
 CUT_BYTES = 1 << 20  # copied on the loop: 0.3 to 1 ms
 HOST_BYTES = 8 << 20  # a run of it costs less in parts whose digests overlap with the next part's way
 RUN_BYTES = 128 << 10  # shorter runs are put together: each one costs Python 2 us or more on either side
+PULLED_RUN_BYTES = 32 << 10  # likewise where the receiver reads and digests blocks where they lie: one copy less
 _CUT_SIZES = MessageSizes(CUT_BYTES, CUT_BYTES, CUT_BYTES)
 _DEVICE_SIZES = MessageSizes(16 << 20, 4 << 20, 16 << 20)  # NVLink wants 16 MiB a message; reference: docs/transport.md
 
@@ -40,10 +41,9 @@ class HostMover:
     def _of(self, link: Link, extents: Extents, nbytes: int) -> Mover:
         if extents[0].cut is not None:
             return self._staged
-        if isinstance(link, DigestingLink):
-            return self._direct  # It reads and writes blocks at memory's speed.
+        run_bytes = PULLED_RUN_BYTES if self._direct.digesting(link) else RUN_BYTES
         has_room = nbytes <= self._staged_bytes_max
-        return self._staged if has_room and self._pool.is_scattered(extents, RUN_BYTES) else self._direct
+        return self._staged if has_room and self._pool.is_scattered(extents, run_bytes) else self._direct
 
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         if messages[0][1][0].cut is not None:
@@ -75,6 +75,7 @@ class HostMover:
 
     def drop(self, link: Link) -> None:
         self._staged.drop(link)
+        self._direct.drop(link)
 
     def close(self) -> None:
         self._direct.close()
