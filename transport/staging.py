@@ -308,7 +308,7 @@ class HostStager:
             if kept := self._kept.get(nbytes):
                 self._kept_bytes -= nbytes
                 return HostSlot(kept.pop())
-            if nbytes + self._kept_bytes > self._free_bytes:
+            if self._kept_bytes > self._free_bytes:
                 self._kept.clear()
                 self._kept_bytes = 0
         return HostSlot(np.empty(nbytes, np.uint8))
