@@ -30,6 +30,7 @@ class _End:
     def __init__(self, setup: Setup, script: str, folder: Path, environment: dict[str, str]) -> None:
         self._setup, self._script, self._environment = setup, script, environment
         self._log = folder / f"{setup.side}.log"
+        self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         with self._log.open("ab") as stderr:
@@ -45,10 +46,12 @@ class _End:
         await self.answer(START_TIMEOUT_S)
 
     def tell(self, command: Command) -> None:
+        assert self._process
         assert self._process.stdin
         self._process.stdin.write(msgspec.json.encode(command) + b"\n")
 
     async def answer(self, timeout_s: float = STEP_TIMEOUT_S) -> Answer:
+        assert self._process
         assert self._process.stdout
         try:
             async with asyncio.timeout(timeout_s):
@@ -59,14 +62,21 @@ class _End:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2):
                     await self._process.wait()
-            end = self._log.read_text(errors="replace").strip().splitlines()[-3:]
-            raise MethodFailed(f"{self._setup.side} ended with {self._process.returncode}: {' | '.join(end)[-300:]}")
+            last = (self.log_tail(1) or ["no word"])[0].strip()
+            raise MethodFailed(f"{self._setup.side} ended with {self._process.returncode}: {last[:150]}")
         answer = msgspec.json.decode(line, type=Answer)
         if answer.error:
             raise MethodFailed(f"{self._setup.side}: {answer.error}")
         return answer
 
+    def log_tail(self, lines: int) -> list[str]:
+        """The end of what it wrote to stderr."""
+        return self._log.read_text(errors="replace").rstrip().splitlines()[-lines:] if self._log.exists() else []
+
     async def stop(self, *, grace_s: float) -> None:
+        """Also of one that never started."""
+        if self._process is None:
+            return
         assert self._process.stdin
         self._process.stdin.close()
         with contextlib.suppress(TimeoutError):

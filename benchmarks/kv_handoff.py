@@ -39,6 +39,7 @@ WITHOUT_CLAIM = ("sockets", *ALONE)
 CONTIGUOUS_MIB = (1, 4, 16, 64, 256, 1024)
 SCATTERED_KIB = (16, 32, 64)
 IDLE_S = 5.0
+UNOPENED_MAX = 2
 PACKAGES = (
     "ucxx-cu13",
     "ucxx-cu12",
@@ -106,7 +107,7 @@ class Runner:
         self._environment = {**os.environ, **interpret}
         self._pair: Pair | None = None
         self._opened: set[str] = set()
-        self._broken: dict[str, str] = {}  # method -> why, for cases to come: it is not there at all
+        self._unopened: dict[str, int] = {}  # method -> cases that it could not be opened for
 
     async def run(self) -> list[Row]:
         rows: list[Row] = []
@@ -132,15 +133,17 @@ class Runner:
         for number in range(rounds + 1):
             for method, one in measured.items():
                 self._progress.step(f"{case.name} {method}")
-                if one.note or method in self._broken or time.monotonic() > self._plan.deadline:
-                    one.note = one.note or self._broken.get(method, "no time left")
+                is_hopeless = self._unopened.get(method, 0) >= UNOPENED_MAX
+                if one.note or is_hopeless or time.monotonic() > self._plan.deadline:
+                    one.note = one.note or ("failed before" if is_hopeless else "no time left")
                     continue
                 try:
                     await self._turn(case, method, one, is_first=not number)
                 except MethodFailed as error:
                     one.note = f"failed: {error}"
+                    self._tell_failure(case, method, error)
                     if method not in self._opened:
-                        self._broken[method] = one.note
+                        self._unopened[method] = self._unopened.get(method, 0) + 1
                     await self._drop_pair()
         return compared([one.row(case, method) for method, one in measured.items()])
 
@@ -176,6 +179,11 @@ class Runner:
             self._opened.add(method)
         return self._pair
 
+    def _tell_failure(self, case: Case, method: str, error: MethodFailed) -> None:
+        self._progress.end()
+        tails = self._pair.log_tails() if self._pair else ""
+        print(f"{case.name}, {method}: {error}\n{tails}", file=sys.stderr, flush=True)
+
     async def _drop_pair(self) -> None:
         if self._pair:
             await self._pair.stop(grace_s=1.0)
@@ -187,7 +195,7 @@ class Runner:
         case = contiguous(1)
         for method in self._plan.methods:
             is_over = time.monotonic() > self._plan.deadline
-            if method in (*ALONE, "sockets", *self._broken) or not self._plan.idle_s or is_over:
+            if method in (*ALONE, "sockets", *self._unopened) or not self._plan.idle_s or is_over:
                 continue
             self._progress.step(f"idle {method}")
             try:
