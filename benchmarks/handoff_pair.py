@@ -106,6 +106,10 @@ class Pair:
             await end.stop(grace_s=grace_s)
         self._folder.cleanup()
 
+    def log_tails(self) -> str:
+        """The end of both logs, to be shown after a failure."""
+        return "\n".join(f"  {line}" for end in (self.prefill, self.decode) for line in end.log_tail(12))
+
     async def both(
         self, step: Step, *, case: Case | None = None, method: str = "", seconds: float = 0.0
     ) -> list[Answer]:
