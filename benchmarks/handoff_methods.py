@@ -91,6 +91,11 @@ class Endpoints:
             self._running[scheme] = endpoint
         return self._running[scheme]
 
+    def link_of(self, scheme: str) -> str:
+        """What moves the bytes: "ucx(sysv,cma)"."""
+        endpoint = self._running.get(scheme)
+        return ", ".join(endpoint.stats.links.values()) if endpoint else ""
+
     async def aclose(self) -> None:
         for endpoint in self._running.values():
             await endpoint.aclose()

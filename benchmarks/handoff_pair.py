@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from handoff_cases import Case
@@ -22,6 +23,14 @@ LINE_BYTES_MAX = 1 << 20
 
 class MethodFailed(Exception):
     """One of the two processes failed, hung or ended in a step."""
+
+
+class Transfer(NamedTuple):
+    """One transfer."""
+
+    seconds: float
+    cpu_s: float  # of both processes
+    link: str = ""
 
 
 class _End:
@@ -63,7 +72,8 @@ class _End:
                 async with asyncio.timeout(2):
                     await self._process.wait()
             last = (self.log_tail(1) or ["no word"])[0].strip()
-            raise MethodFailed(f"{self._setup.side} ended with {self._process.returncode}: {last[:150]}")
+            code = "" if self._process.returncode is None else f" with {self._process.returncode}"
+            raise MethodFailed(f"{self._setup.side} ended{code}: {last[:150]}")
         answer = msgspec.json.decode(line, type=Answer)
         if answer.error:
             raise MethodFailed(f"{self._setup.side}: {answer.error}")
@@ -130,18 +140,18 @@ class Pair:
         self.decode.tell(Command("accept", method, theirs=mine))
         await self.decode.answer()
 
-    async def once(self, method: str, *, ahead: bool, is_alone: bool) -> tuple[float, float]:
-        """Seconds of one transfer, and CPU seconds of both processes for it. Raises MethodFailed."""
+    async def once(self, method: str, *, ahead: bool, is_alone: bool) -> Transfer:
+        """Raises MethodFailed."""
         self.decode.tell(Command("prepare", method))
         theirs: Facts = (await self.decode.answer()).mine
         if is_alone:
             self.decode.tell(Command("go", method))
             answer = await self.decode.answer()
-            return answer.at, answer.cpu_s
+            return Transfer(answer.at, answer.cpu_s)
         self.prefill.tell(Command("prepare", method, theirs=theirs, ahead=ahead))
         await self.prefill.answer()
         landed, sent = await self.both("go", method=method)
-        return landed.at - sent.at, landed.cpu_s + sent.cpu_s
+        return Transfer(landed.at - sent.at, landed.cpu_s + sent.cpu_s, landed.link)
 
     async def wrong_blocks(self) -> int:
         self.decode.tell(Command("check"))

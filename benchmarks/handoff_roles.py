@@ -53,6 +53,7 @@ class Answer(msgspec.Struct, frozen=True):
     mine: Facts = Facts()
     at: float = 0.0  # `time.perf_counter`; of a copy inside one process: how long it took
     cpu_s: float = 0.0
+    link: str = ""  # of ours: what moved the bytes
     wrong_blocks: int = 0
 
 
@@ -122,7 +123,9 @@ class Role:
             at = await self._sources[command.method].send()
         else:
             at = await self._sinks[command.method].receive()
-        return Answer(at=at, cpu_s=time.process_time() - before)
+        cpu_s = time.process_time() - before
+        link = self._endpoints.link_of(command.method) if self._endpoints else ""
+        return Answer(at=at, cpu_s=cpu_s, link=link)
 
     def _begin(self, case: Case) -> None:
         self._case = case

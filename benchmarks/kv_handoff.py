@@ -83,10 +83,11 @@ class Measured:
 
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})  # by: claimed ahead
     cpu_s: list[float] = field(default_factory=list)
+    link: str = ""
     note: str = ""
 
     def row(self, case: Case, method: str) -> Row:
-        row: Row = {"case": case.name, "method": method, "kv_mib": case.kv_bytes / MIB, "note": self.note}
+        row: Row = {"case": case.name, "method": method, "kv_mib": case.kv_bytes / MIB, "note": self.note or self.link}
         if self.seconds[True]:
             row["ms"] = 1e3 * statistics.median(self.seconds[True])
             row["ms_min"] = 1e3 * min(self.seconds[True])
@@ -158,10 +159,11 @@ class Runner:
                 raise MethodFailed(f"{wrong} blocks are wrong")
             return
         for ahead in (True,) if method in WITHOUT_CLAIM or case.layer_ms else (True, False):
-            seconds, cpu_s = await pair.once(method, ahead=ahead, is_alone=is_alone)
-            one.seconds[ahead].append(seconds)
+            transfer = await pair.once(method, ahead=ahead, is_alone=is_alone)
+            one.seconds[ahead].append(transfer.seconds)
+            one.link = transfer.link
             if ahead:
-                one.cpu_s.append(cpu_s)
+                one.cpu_s.append(transfer.cpu_s)
 
     async def _ready(self, case: Case, method: str) -> Pair:
         """The pair with this case and method open."""
