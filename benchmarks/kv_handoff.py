@@ -1,384 +1,330 @@
 #!/usr/bin/env python3
-"""How fast KV goes from one process to another: our hand-off over UCX and TCP, plain sockets, and a copy as the limit.
+"""How fast KV goes from one process to another: our hand-off, NIXL, plain sockets, and one copy as the limit.
 
-    python benchmarks/kv_handoff.py             about two minutes
-    python benchmarks/kv_handoff.py --quick     about ten seconds
-    python benchmarks/kv_handoff.py --json rows.json
+    python benchmarks/kv_handoff.py [--quick] [--json FILE] [--nixl-site DIR]
+    python benchmarks/kv_handoff.py --device cuda       two processes on one GPU, under an MPS daemon of their own
 
-The hand-off is the whole of it: claim, grant, every chunk and layer, both sides' digests, landed. The methods take turns inside
-one run, so that a busy machine is busy for all of them; the table shows medians. `copy` moves the same bytes inside one
-process. `sockets` are blocking threads with scatter-gather, no protocol and no digests: what TCP can do here.
+`ms` is from "all layers are ready" in the prefill process to "landed and verified" in the decode process. The claim was
+granted and the chunk announced before, as in a worker, where computing a prompt takes longer than that; in `with claim`
+they come after the layers. The methods take turns in the same two processes; what is shown are medians. The bytes of each
+method are compared once for each case. Ours has digests on both sides; NIXL (WRITE, prepared descriptors, the receiver
+notified) and sockets have none. `memcpy` is one pass over the same blocks by one thread of one process; on a GPU
+`one process` gathers, copies and scatters in 16 MiB pieces on three streams. docs/benchmarks.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
-import resource
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
 import msgspec
-import numpy as np
+from handoff_cases import MIB, Case, contiguous, gpu_cases, scattered
+from handoff_mps import mps_daemon
+from handoff_pair import MethodFailed, Pair
+from handoff_roles import Setup, run_role
+from measure import Progress, Row, machine, print_table, versions, write_json
 
-from hocket.transport import (
-    Chunk,
-    Expectation,
-    HandoffEndpoint,
-    HandoffKey,
-    HostKvPool,
-    KvLayout,
-    ReceiveEnd,
-    SendEnd,
-    SendOrder,
-    SendReleased,
-    open_transports,
-)
-
-EPOCH = 1
-MIB = 1 << 20
-IOV_MAX = 512
-CONTIGUOUS_MIB = (1, 4, 16, 64, 256)
+SCHEMES = ("ucx", "cma", "tcp")
+ALONE = ("memcpy", "one process")
+WITHOUT_CLAIM = ("sockets", *ALONE)
+CONTIGUOUS_MIB = (1, 4, 16, 64, 256, 1024)
 SCATTERED_KIB = (16, 32, 64)
-TIMEOUT_S = 60.0
-
-
-class Case(msgspec.Struct, frozen=True):
-    """What is moved: in each layer every block, whose places on the two sides have nothing to do with each other."""
-
-    name: str
-    layers: int
-    blocks: int
-    block_bytes: int
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.layers * self.blocks * self.block_bytes
-
-    def layout(self) -> KvLayout:
-        names = tuple(f"layer.{layer}" for layer in range(self.layers))
-        return KvLayout("benchmark", "", "float16", "float16", 16, names, (self.block_bytes,) * self.layers, 8, 128)
-
-    def pool(self) -> HostKvPool:
-        """Touched memory: the first touch of a page costs more than all that is measured here."""
-        rows = [np.ones((self.blocks, self.block_bytes), np.uint8) for _ in range(self.layers)]
-        return HostKvPool(self.layout(), rows)
-
-    def block_ids(self, seed: int) -> tuple[int, ...]:
-        return tuple(np.random.default_rng(seed).permutation(self.blocks).tolist())
-
-
-class Go(msgspec.Struct, frozen=True):
-    """Decode to prefill process, a JSON line: send once."""
-
-    method: str
-    address: str
-    token: str = ""
-
-
-class Sent(msgspec.Struct, frozen=True):
-    """The answer to a `Go`: CPU seconds that it took."""
-
-    cpu_s: float
+IDLE_S = 5.0
+UNOPENED_MAX = 2
+PACKAGES = (
+    "ucxx-cu13",
+    "ucxx-cu12",
+    "libucx-cu13",
+    "libucx-cu12",
+    "nixl-cu13",
+    "nixl-cu12",
+    "torch",
+    "numpy",
+    "xxhash",
+)
+COLUMNS = {
+    "case": "case",
+    "method": "method",
+    "gb_per_s": "GB/s",
+    "ms": "ms",
+    "claim_ms": "with claim ms",
+    "cpu_ms": "CPU ms",
+    "of_limit": "of the copy",
+    "of_nixl": "x NIXL",
+    "note": "",
+}
 
 
 @dataclass
-class Row:
+class Plan:
+    """What is run."""
+
+    device: str
+    cases: list[Case]
+    methods: list[str]
+    rounds: int
+    idle_s: float
+    nixl_site: str | None
+    deadline: float
+
+
+@dataclass
+class Measured:
     """One case and method."""
 
-    case: str
-    method: str
-    kv_mib: float
-    ms: float = 0.0
-    gb_per_s: float = 0.0
-    cpu_s: float = 0.0  # of both processes, for one transfer
-    rounds: list[float] = field(default_factory=list)  # milliseconds
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})  # by: claimed ahead
+    cpu_s: list[float] = field(default_factory=list)
+    link: str = ""
+    note: str = ""
+
+    def row(self, case: Case, method: str) -> Row:
+        row: Row = {"case": case.name, "method": method, "kv_mib": case.kv_bytes / MIB, "note": self.note or self.link}
+        if self.seconds[True]:
+            row["ms"] = 1e3 * statistics.median(self.seconds[True])
+            row["ms_min"] = 1e3 * min(self.seconds[True])
+            if not case.layer_ms:
+                row["gb_per_s"] = case.kv_bytes / statistics.median(self.seconds[True]) / 1e9
+            row["cpu_ms"] = 1e3 * statistics.median(self.cpu_s)
+        if self.seconds[False]:
+            row["claim_ms"] = 1e3 * statistics.median(self.seconds[False])
+        return row
 
 
-def cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+class Runner:
+    """Runs a plan; a method that fails costs its own row and a new pair of processes."""
 
+    def __init__(self, plan: Plan, progress: Progress, show: Callable[[list[Row]], None]) -> None:
+        self._plan, self._progress, self._show = plan, progress, show
+        interpret = {"TRITON_INTERPRET": "1"} if plan.device == "interpreted" else {}
+        self._environment = {**os.environ, **interpret}
+        self._pair: Pair | None = None
+        self._opened: set[str] = set()
+        self._unopened: dict[str, int] = {}  # method -> cases that it could not be opened for
 
-# The prefill process.
-
-
-async def prefill(case: Case) -> None:
-    """Do what stdin says, a `Go` a line, until it ends."""
-    pool, block_ids = case.pool(), case.block_ids(1)
-    endpoints: dict[str, HandoffEndpoint] = {}
-    loop = asyncio.get_running_loop()
-    print("ready", flush=True)
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        go = msgspec.json.decode(line, type=Go)
-        before = cpu_s()
-        if go.method == "sockets":
-            await loop.run_in_executor(None, send_by_socket, pool, block_ids, go.address)
-        else:
-            if go.method not in endpoints:
-                transports = open_transports(go.method)
-                endpoint = HandoffEndpoint(pool, transports, worker_name="prefill", epoch=EPOCH, listens=False)
-                await endpoint.start()
-                endpoints[go.method] = endpoint
-            await send_by_handoff(endpoints[go.method], case, block_ids, go)
-        print(msgspec.json.encode(Sent(cpu_s() - before)).decode(), flush=True)
-    for endpoint in endpoints.values():
-        await endpoint.aclose()
-
-
-async def send_by_handoff(endpoint: HandoffEndpoint, case: Case, block_ids: tuple[int, ...], go: Go) -> None:
-    ended: asyncio.Future[SendEnd] = asyncio.get_running_loop().create_future()
-
-    def on_event(event: SendReleased | SendEnd) -> None:
-        if isinstance(event, SendEnd):
-            ended.set_result(event)
-
-    key = HandoffKey(bytes.fromhex(go.token), 1, 1)
-    fingerprint = case.layout().fingerprint()
-    endpoint.open(SendOrder(key, (go.address,), EPOCH, fingerprint, case.blocks, TIMEOUT_S), on_event)
-    endpoint.announce(key, Chunk(0, block_ids, is_last=True))
-    for layer in range(case.layers):
-        endpoint.layer_ready(key, layer)
-    end = await ended
-    if not end.is_landed:
-        raise SystemExit(f"hand-off failed: {end.reason}")
-
-
-def send_by_socket(pool: HostKvPool, block_ids: tuple[int, ...], address: str) -> None:
-    host, port = address.split(":")
-    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for layer in range(len(pool.layout.layer_names)):
-            views = [buffer.data for buffer in pool.buffers(layer, block_ids)]
-            while views:
-                drop(views, connection.sendmsg(views[:IOV_MAX]))
-        connection.recv(1)
-
-
-def receive_by_socket(pool: HostKvPool, block_ids: tuple[int, ...], server: socket.socket) -> None:
-    connection, _ = server.accept()
-    with connection:
-        for layer in range(len(pool.layout.layer_names)):
-            views = [buffer.data for buffer in pool.buffers(layer, block_ids)]
-            while views:
-                drop(views, connection.recvmsg_into(views[:IOV_MAX])[0])
-        connection.send(b"!")
-
-
-def drop(views: list[memoryview], moved_bytes: int) -> None:
-    """Take what was moved from the front."""
-    done = 0
-    while done < len(views) and moved_bytes >= views[done].nbytes:
-        moved_bytes -= views[done].nbytes
-        done += 1
-    del views[:done]
-    if moved_bytes:
-        views[0] = views[0][moved_bytes:]
-
-
-# The decode process.
-
-
-def start_prefill(case: Case) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--prefill", msgspec.json.encode(case).decode()]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-class Decode:
-    """One case: this process receives, a child sends."""
-
-    def __init__(self, case: Case, methods: list[str]) -> None:
-        self.case = case
-        self.methods = methods
-        self.pool, self.source = case.pool(), case.pool()  # the latter for `copy` alone
-        self.block_ids = case.block_ids(2)
-        self.endpoints: dict[str, HandoffEndpoint] = {}
-
-    async def run(self, rounds: int, progress: Progress) -> list[Row]:
-        child = start_prefill(self.case)
-        assert child.stdin is not None
-        assert child.stdout is not None
+    async def run(self) -> list[Row]:
+        rows: list[Row] = []
         try:
-            child.stdout.readline()
-            rows = {name: Row(self.case.name, name, self.case.kv_bytes / MIB) for name in self.methods}
-            for number in range(rounds + 1):
-                for name, row in rows.items():
-                    elapsed_ms, spent_s = await self.once(name, child.stdin, child.stdout)
-                    if number:  # The first connects, and touches what is not touched yet.
-                        row.rounds.append(elapsed_ms)
-                        row.cpu_s += spent_s / rounds
-                    progress.step(f"{self.case.name} {name}")
-            for row in rows.values():
-                row.ms = statistics.median(row.rounds)
-                row.gb_per_s = self.case.kv_bytes / row.ms / 1e6
-            return list(rows.values())
+            for case in self._plan.cases:
+                if time.monotonic() > self._plan.deadline:
+                    rows.append({"case": case.name, "method": "", "note": "skipped: no time left"})
+                    continue
+                found = await self._case(case)
+                rows += found
+                self._show(found)
+            rows += (idle := await self._idle())
+            self._show(idle)
         finally:
-            child.stdin.close()
-            child.wait(10)
-            for endpoint in self.endpoints.values():
-                await endpoint.aclose()
+            if self._pair:
+                await self._pair.stop()
+        return rows
 
-    async def once(self, name: str, go: IO[str], answers: IO[str]) -> tuple[float, float]:
-        """Milliseconds and CPU seconds of one transfer."""
-        if name == "copy":
-            return self.copy()
-        loop = asyncio.get_running_loop()
-        token = os.urandom(16)
-        landed: asyncio.Future[ReceiveEnd] = loop.create_future()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            if name == "sockets":
-                address = f"127.0.0.1:{server.getsockname()[1]}"
-                received = loop.run_in_executor(None, receive_by_socket, self.pool, self.block_ids, server)
-            else:
-                endpoint = await self.endpoint(name)
-                (address,) = endpoint.addresses
-                endpoint.expect(Expectation(token, 1, 0, self.block_ids, TIMEOUT_S), landed.set_result)
-            before, started = cpu_s(), time.perf_counter()
-            go.write(msgspec.json.encode(Go(name, address, token.hex())).decode() + "\n")
-            go.flush()
-            if name == "sockets":
-                await received
-            elif not (end := await landed).is_landed:
-                raise SystemExit(f"hand-off failed: {end.reason}")
-            elapsed_ms = 1e3 * (time.perf_counter() - started)
-            spent_s = cpu_s() - before
-        answer = await loop.run_in_executor(None, answers.readline)
-        return elapsed_ms, spent_s + msgspec.json.decode(answer, type=Sent).cpu_s
+    async def _case(self, case: Case) -> list[Row]:
+        methods = case_methods(case, self._plan)
+        measured = {method: Measured() for method in methods}
+        rounds = min(self._plan.rounds, 5) if case.kv_bytes > 256 * MIB else self._plan.rounds
+        for number in range(rounds + 1):
+            for method, one in measured.items():
+                self._progress.step(f"{case.name} {method}")
+                is_hopeless = self._unopened.get(method, 0) >= UNOPENED_MAX
+                if one.note or is_hopeless or time.monotonic() > self._plan.deadline:
+                    one.note = one.note or ("failed before" if is_hopeless else "no time left")
+                    continue
+                try:
+                    await self._turn(case, method, one, is_first=not number)
+                except MethodFailed as error:
+                    one.note = f"failed: {error}"
+                    self._tell_failure(case, method, error)
+                    if method not in self._opened:
+                        self._unopened[method] = self._unopened.get(method, 0) + 1
+                    await self._drop_pair()
+        return compared([one.row(case, method) for method, one in measured.items()])
 
-    async def endpoint(self, name: str) -> HandoffEndpoint:
-        if name not in self.endpoints:
-            endpoint = HandoffEndpoint(self.pool, open_transports(name), worker_name="decode", epoch=EPOCH)
-            await endpoint.start()
-            self.endpoints[name] = endpoint
-        return self.endpoints[name]
+    async def _turn(self, case: Case, method: str, one: Measured, *, is_first: bool) -> None:
+        """One transfer ahead of which everything was said, and one with the claim in it."""
+        pair = await self._ready(case, method)
+        is_alone = method in ALONE
+        if is_first:  # Connects, compiles, touches what is not touched yet.
+            await pair.spoil()
+            await pair.once(method, ahead=True, is_alone=is_alone)
+            if wrong := await pair.wrong_blocks():
+                raise MethodFailed(f"{wrong} blocks are wrong")
+            return
+        for ahead in (True,) if method in WITHOUT_CLAIM or case.layer_ms else (True, False):
+            transfer = await pair.once(method, ahead=ahead, is_alone=is_alone)
+            one.seconds[ahead].append(transfer.seconds)
+            one.link = transfer.link
+            if ahead:
+                one.cpu_s.append(transfer.cpu_s)
 
-    def copy(self) -> tuple[float, float]:
-        source_ids = self.case.block_ids(1)
-        before, started = cpu_s(), time.perf_counter()
-        for layer in range(self.case.layers):
-            for to, origin in zip(self.block_ids, source_ids, strict=True):
-                target = self.pool.buffers(layer, [to])[0]
-                target[:] = self.source.buffers(layer, [origin])[0]
-        return 1e3 * (time.perf_counter() - started), cpu_s() - before
+    async def _ready(self, case: Case, method: str) -> Pair:
+        """The pair with this case and method open."""
+        if self._pair is None:
+            plan = self._plan
+            setup = Setup("prefill", plan.device, max(case.kv_bytes for case in plan.cases), plan.nixl_site)
+            self._pair = Pair(setup, __file__, self._environment)
+            self._opened = set()
+            await self._pair.start()
+        if case.name not in self._opened:
+            await self._pair.both("case", case=case)
+            self._opened = {case.name}
+        if method not in self._opened:
+            await self._pair.open(method, is_alone=method in ALONE)
+            self._opened.add(method)
+        return self._pair
 
+    def _tell_failure(self, case: Case, method: str, error: MethodFailed) -> None:
+        self._progress.end()
+        tails = self._pair.log_tails() if self._pair else ""
+        print(f"{case.name}, {method}: {error}\n{tails}", file=sys.stderr, flush=True)
 
-async def idle_percent(scheme: str, seconds: float) -> float:
-    """CPU of a process whose endpoint is connected and waits for a claim that does not come."""
-    case = Case("idle", 1, 4, 4096)
-    ends = [
-        HandoffEndpoint(case.pool(), open_transports(scheme), worker_name=name, epoch=EPOCH, listens=name == "d")
-        for name in ("d", "p")
-    ]
-    for end in ends:
-        await end.start()
-    key = HandoffKey(os.urandom(16), 1, 1)
-    landed = asyncio.get_running_loop().create_future()
-    ends[0].expect(Expectation(key.token, 1, 0, (0, 1, 2, 3), TIMEOUT_S), landed.set_result)
-    order = SendOrder(key, ends[0].addresses, EPOCH, case.layout().fingerprint(), 4, TIMEOUT_S)
-    ends[1].open(order, lambda _: None)
-    ends[1].announce(key, Chunk(0, (0, 1, 2, 3), is_last=True))
-    ends[1].layer_ready(key, 0)
-    await landed
-    await asyncio.sleep(0.3)
-    before = cpu_s()
-    await asyncio.sleep(seconds)
-    percent = 100 * (cpu_s() - before) / seconds
-    for end in reversed(ends):
-        await end.aclose()
-    return percent
+    async def _drop_pair(self) -> None:
+        if self._pair:
+            await self._pair.stop(grace_s=1.0)
+        self._pair = None
 
-
-class Progress:
-    """A bar on stderr."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.done = 0
-
-    def step(self, what: str) -> None:
-        self.done += 1
-        bar = "#" * (40 * self.done // self.steps)
-        end = "\n" if self.done == self.steps else ""
-        print(f"\r[{bar:<40}] {self.done}/{self.steps} {what:<32}", end=end, file=sys.stderr, flush=True)
-
-
-def versions() -> str:
-    found = []
-    for name in ("ucxx-cu13", "ucxx-cu12", "libucx-cu13", "libucx-cu12", "numpy", "xxhash"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return f"Python {platform.python_version()}, {', '.join(found)}"
+    async def _idle(self) -> list[Row]:
+        """CPU of both processes while they are connected and nothing comes, each method in a pair of its own."""
+        rows: list[Row] = []
+        case = contiguous(1)
+        for method in self._plan.methods:
+            is_over = time.monotonic() > self._plan.deadline
+            if method in (*ALONE, "sockets", *self._unopened) or not self._plan.idle_s or is_over:
+                continue
+            self._progress.step(f"idle {method}")
+            try:
+                await self._drop_pair()
+                pair = await self._ready(case, method)
+                await pair.once(method, ahead=True, is_alone=False)
+                await asyncio.sleep(0.5)
+                seconds = self._plan.idle_s
+                spent_s = sum(answer.cpu_s for answer in await pair.both("idle", method=method, seconds=seconds))
+                rows.append({"case": "connected and idle", "method": method, "cpu_percent": 100 * spent_s / seconds})
+            except MethodFailed as error:
+                rows.append({"case": "connected and idle", "method": method, "note": f"failed: {error}"})
+        return rows
 
 
-def machine() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}"
+def case_methods(case: Case, plan: Plan) -> list[str]:
+    """NIXL first: ours sets UCX's variables in its process when it starts."""
+    return [method for method in plan.methods if method in SCHEMES] if case.layer_ms else plan.methods
 
 
-def cases(is_quick: bool) -> list[Case]:
-    contiguous = [Case(f"{mib} MiB in one run", 1, 1, mib * MIB) for mib in CONTIGUOUS_MIB]
-    scattered = [Case(f"32 x 2 x 64 blocks of {kib} KiB", 64, 64, kib << 10) for kib in SCATTERED_KIB]
-    return [contiguous[2], scattered[0]] if is_quick else contiguous + scattered
-
-
-def methods() -> list[str]:
-    try:
-        version("ucxx-cu13")
-    except PackageNotFoundError:
-        try:
-            version("ucxx-cu12")
-        except PackageNotFoundError:
-            print("ucxx is not installed: left ucx out", file=sys.stderr)
-            return ["tcp", "sockets", "copy"]
-    return ["ucx", "tcp", "sockets", "copy"]
-
-
-async def decode(is_quick: bool) -> list[dict[str, object]]:
-    rounds, names, wanted = (3 if is_quick else 9), methods(), cases(is_quick)
-    progress = Progress(len(wanted) * (rounds + 1) * len(names) + len(names) - 2)
-    rows: list[Row] = []
-    for case in wanted:
-        rows += await Decode(case, names).run(rounds, progress)
-    idle = {}
-    for name in names[:-2]:
-        idle[name] = await idle_percent(name, 2.0 if is_quick else 10.0)
-        progress.step(f"idle {name}")
-    print(f"{machine()}\n{versions()}\nmedian of {rounds} rounds, methods in turn\n")
-    print(f"{'case':<30} {'method':<8} {'KV MiB':>8} {'ms':>9} {'GB/s':>7} {'CPU s':>8}")
+def compared(rows: list[Row]) -> list[Row]:
+    """With each row's speed in terms of the copy and of NIXL."""
+    speeds = {row["method"]: row.get("gb_per_s") for row in rows}
     for row in rows:
-        print(f"{row.case:<30} {row.method:<8} {row.kv_mib:8.0f} {row.ms:9.2f} {row.gb_per_s:7.2f} {row.cpu_s:8.3f}")
-    for name, percent in idle.items():
-        print(f"{'connected and idle':<30} {name:<8} {percent:.2f} % of a core (both ends in one process)")
-    found: list[dict[str, object]] = [asdict(row) for row in rows]
-    return found + [{"case": "idle", "method": name, "cpu_percent": percent} for name, percent in idle.items()]
+        speed = row.get("gb_per_s")
+        for column, bases in {"of_limit": ALONE, "of_nixl": ("nixl",)}.items():
+            base = next((speeds[name] for name in bases if speeds.get(name)), None)
+            if isinstance(speed, float) and isinstance(base, float) and row["method"] not in bases:
+                row[column] = f"{100 * speed / base:.0f} %" if column == "of_limit" else round(speed / base, 2)
+    return rows
+
+
+def host_methods(nixl_site: str | None) -> list[str]:
+    """What runs here, NIXL first."""
+    installed = {point.name for point in entry_points(group="hocket.transports")}
+    schemes = [scheme for scheme in SCHEMES if scheme in installed]
+    if find_spec("ucxx") is None and "ucx" in schemes:
+        schemes.remove("ucx")
+        print("ucxx is not installed: left ucx out", file=sys.stderr)
+    has_nixl = nixl_site or any(find_spec(name) for name in ("nixl_cu13", "nixl_cu12"))
+    if not has_nixl:
+        print("no NIXL here (--nixl-site): left it out", file=sys.stderr)
+    return [*(["nixl"] if has_nixl else []), *schemes, "sockets", "memcpy"]
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    quick, device = arguments.quick, arguments.device
+    if device == "host":
+        cases = [*map(contiguous, CONTIGUOUS_MIB), *map(scattered, SCATTERED_KIB)]
+        methods = host_methods(arguments.nixl_site)
+        if quick:
+            cases = [contiguous(16), scattered(16)]
+    else:
+        cases, methods = gpu_cases(device, quick=quick), ["nixl", "ucx", "one process"]
+    if arguments.methods:
+        methods = [method for method in methods if method in arguments.methods.split(",")]
+    if arguments.cases:
+        cases = [case for case in cases if any(part in case.name for part in arguments.cases.split(","))]
+    return Plan(
+        device,
+        cases,
+        methods,
+        rounds=arguments.rounds or (3 if quick else 7),
+        idle_s=0.0 if arguments.no_idle else 2.0 if quick else IDLE_S,
+        nixl_site=arguments.nixl_site,
+        deadline=time.monotonic() + arguments.budget_s,
+    )
+
+
+def show(rows: list[Row]) -> None:
+    """As they come: a run that is cut off has shown what it had."""
+    for row in rows:
+        cells = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+        )
+        print("  ".join(cells), flush=True)
+
+
+def run(plan: Plan, json_file: Path | None, *, shows_rows: bool) -> None:
+    progress = Progress(
+        sum((plan.rounds + 1) * len(case_methods(case, plan)) for case in plan.cases) + len(plan.methods)
+    )
+    kept: list[Row] = []
+
+    def on_rows(rows: list[Row]) -> None:
+        kept.extend(rows)
+        write_json(json_file, kept)
+        if shows_rows:
+            progress.end()
+            show(rows)
+
+    rows = asyncio.run(Runner(plan, progress, on_rows).run())
+    progress.end()
+    load = os.getloadavg()[0]
+    print(f"{machine()}, load {load:.1f} at the end\n{versions(*PACKAGES)}")
+    print(f"medians of {plan.rounds} rounds (5 of 1 GiB), methods in turn; CPU of both processes, for one transfer")
+    print_table("KV from process to process", COLUMNS, [row for row in rows if "cpu_percent" not in row])
+    idle = [row for row in rows if "cpu_percent" in row]
+    if idle:
+        title = f"CPU while connected and idle for {plan.idle_s:.0f} s"
+        print_table(title, {"method": "method", "cpu_percent": "% of a core, both processes"}, idle)
+    write_json(json_file, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, a list of objects")
-    parser.add_argument("--quick", action="store_true", help="two cases, three rounds")
-    parser.add_argument("--prefill", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, a list of objects")
+    parser.add_argument("--quick", action="store_true", help="two cases, three rounds: 20 s")
+    parser.add_argument("--device", choices=("host", "cuda", "interpreted"), default="host", help="where the KV lies")
+    parser.add_argument("--nixl-site", metavar="DIR", help="folder with nixl_cu12 or nixl_cu13 (default: installed)")
+    parser.add_argument("--methods", metavar="NAMES", help="only these, with commas")
+    parser.add_argument("--cases", metavar="PARTS", help="only cases whose name has one of these in it, with commas")
+    parser.add_argument("--rounds", type=int, metavar="COUNT", help="instead of 7 (--quick: 3)")
+    parser.add_argument("--budget-s", type=float, default=600.0, metavar="SECONDS", help="begin nothing after it (600)")
+    parser.add_argument("--no-idle", action="store_true", help="leave the idle CPU out")
+    parser.add_argument("--show-rows", action="store_true", help="print each case's rows when it is done")
+    parser.add_argument("--role", metavar="SETUP", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.prefill:
-        asyncio.run(prefill(msgspec.json.decode(arguments.prefill, type=Case)))
+    if arguments.role:
+        run_role(msgspec.json.decode(arguments.role, type=Setup))
+        return
+    plan = make_plan(arguments)
+    if arguments.device == "cuda":
+        with mps_daemon():
+            run(plan, arguments.json, shows_rows=True)
     else:
-        rows = asyncio.run(decode(arguments.quick))
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(rows, indent=1))
+        run(plan, arguments.json, shows_rows=arguments.show_rows)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 ROUTER_CORE, REST_CORE = 0, 1
 SERVED_NAME = "sim-model"
@@ -38,11 +39,17 @@ class Pool:
 
     port: int  # of the API
     pids: dict[str, int]
+    other_ports: dict[str, int] = field(default_factory=dict)  # of further routers, by name
+
+
+def worker_arguments(role: str, flags: Flags) -> list[str]:
+    """Python's arguments for a worker."""
+    return ["-m", "hocket.cluster.cli", "worker", role, *_flags(flags)]
 
 
 def sim_worker(role: str, flags: Flags) -> list[str]:
     """Python's arguments for a simulated worker."""
-    return ["-m", "hocket.cluster.cli", "worker", role, *_flags({"engine": "sim", "transports": "tcp", **flags})]
+    return worker_arguments(role, {"engine": "sim", "transports": "tcp", **flags})
 
 
 @contextlib.contextmanager
@@ -54,6 +61,8 @@ def running_pool(
     *,
     workers: Mapping[str, Sequence[str]],
     router: Flags,
+    other_routers: Mapping[str, Flags] = MappingProxyType({}),
+    is_pinned: bool = True,
     profile: tuple[str, Path] | None = None,
 ) -> Iterator[Pool]:
     """Start the processes of pool `name`, a worker for each role in `workers`, and stop them at the end. Logs are in `folder`.
@@ -66,7 +75,8 @@ def running_pool(
 
         def start(role: str, arguments: Sequence[str], core: int) -> _Process:
             launcher = ("-m", "cProfile", "-o", str(profile[1])) if profile and profile[0] == role else ()
-            process = _Process([*launcher, *arguments], environment, folder / f"{name}-{role}.log", core)
+            log = folder / f"{name}-{role}.log"
+            process = _Process([*launcher, *arguments], environment, log, core if is_pinned else None)
             stack.callback(process.stop)
             stack.push(process.show_log)
             return process
@@ -74,12 +84,17 @@ def running_pool(
         started = {role: start(role, arguments, REST_CORE) for role, arguments in workers.items()}
         for worker in started.values():
             worker.wait_ready()
-        front = start("router", ["-m", "hocket.cluster.cli", "router", *_flags({"port": 0, **router})], ROUTER_CORE)
-        ready = front.wait_ready()
-        _wait_workers(ready["url"], workers)
+        fronts, ports = {}, {}
+        for role, flags in {"router": router, **other_routers}.items():
+            arguments = ["-m", "hocket.cluster.cli", "router", *_flags({"port": 0, **flags})]
+            front = fronts[role] = start(role, arguments, ROUTER_CORE)
+            url = front.wait_ready()["url"]
+            _wait_workers(url, workers)
+            ports[role] = int(url.rpartition(":")[2])
         yield Pool(
-            port=int(ready["url"].rpartition(":")[2]),
-            pids={"router": front.pid, **{role: worker.pid for role, worker in started.items()}},
+            port=ports.pop("router"),
+            pids={role: process.pid for role, process in {**fronts, **started}.items()},
+            other_ports=ports,
         )
 
 
@@ -90,7 +105,7 @@ def _flags(flags: Flags) -> list[str]:
 class _Process:
     """One child in a session of its own; stderr goes to a file, its ready line comes back."""
 
-    def __init__(self, arguments: list[str], environment: Mapping[str, str], log: Path, core: int) -> None:
+    def __init__(self, arguments: list[str], environment: Mapping[str, str], log: Path, core: int | None) -> None:
         self._log = log
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -103,7 +118,8 @@ class _Process:
                 start_new_session=True,
             )
         self.pid = self._process.pid
-        pin(self.pid, core)
+        if core is not None:
+            pin(self.pid, core)
 
     def wait_ready(self) -> dict[str, str]:
         """The fields of its ready line. Raises RuntimeError with the end of its log when it ends instead."""

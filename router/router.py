@@ -157,6 +157,7 @@ class Router:
         if self._is_stopping or len(self._live) >= self._config.streams_max:
             reason = "the router is stopping" if self._is_stopping else f"{len(self._live)} requests are in flight"
             raise Overloaded(reason, retry_after_s=1.0)
+        log.debug("began a request", extra={"request_id": generation.request_id})
         live = Live(RequestMachine(generation), stream_id, self._clock())
         self._live[stream_id] = self._by_request[generation.request_id] = live
         self._metrics.running.set(len(self._live))

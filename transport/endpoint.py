@@ -213,6 +213,7 @@ class HandoffEndpoint:
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
+        _note("computed a layer", key.token)
         self._tell_sender(LayerReady(key, layer))
 
     def abort(self, key: HandoffKey, reason: str) -> None:
@@ -289,6 +290,7 @@ class HandoffEndpoint:
         match event:
             case ReceiveEnd():
                 self._stats.received["landed" if event.is_landed else event.reason] += 1
+                _note("landed" if event.is_landed else "did not land", event.token)
                 self._on_end.pop(event.token)(event)
             case SendEnd():
                 self._mover.forget(event.key)
@@ -305,6 +307,7 @@ class HandoffEndpoint:
         def done(error: BaseException | None) -> None:
             if error is None:
                 self._stats.kv_bytes_received += nbytes
+                _note("received a message", message.key.token)
             self._tell_receiver(MessageDone(message, error))
 
         if link := self._peers.link(message.link):
@@ -314,6 +317,7 @@ class HandoffEndpoint:
 
     def _plan(self, instruction: PlanSend) -> None:
         if instruction.messages and (link := self._peers.link(instruction.messages[0][0].link)):
+            _note("began to send a chunk", instruction.key.token)
             self._mover.plan(link, instruction.messages)
 
     def _post_send(self, instruction: PostSend) -> None:
@@ -329,6 +333,7 @@ class HandoffEndpoint:
             self._tell_sender(Digested(message, digest))
 
         if link and instruction.extents:
+            _note("sent a message", message.key.token)
             self._mover.send(link, message, instruction.extents, nbytes, done, digested)
             return
         try:
@@ -369,3 +374,9 @@ class HandoffEndpoint:
         self._mover.drop(link)
         self._wires.pop(link_id, None)
         self._tell_both(LinkLostEvent(link_id))
+
+
+def _note(fact: str, token: bytes) -> None:
+    """For who asks where a hand-off's time goes. A token is a secret as long as it is good: its beginning tells them apart."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug(fact, extra={"handoff": token[:4].hex()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .base import Done, Extent, HandoffKey, Link, Place
 from .errors import LinkLost
@@ -54,11 +54,23 @@ def tag_of(message: MessageId) -> int:
     return message.transfer << _TRANSFER_SHIFT | message.chunk << _CHUNK_SHIFT | message.number
 
 
+@runtime_checkable
+class DigestingLink(Protocol):
+    """A link that brings the bytes into host memory itself, and so can digest them while they are in the cache."""
+
+    makes_digests: bool  # may be set until a receive is posted
+
+    def received_digest(self, tag: int) -> int | None:
+        """xxh3-64 of a message, within its `done`."""
+
+
 class DirectMover:
     """Host memory, whole blocks: the link reads and writes the pool itself."""
 
     def __init__(self, pool: HostKvPool) -> None:
         self._pool = pool
+        self._digests: dict[MessageId, int] = {}  # that links made, until they are asked for
+        self._digesting: dict[Link, DigestingLink | None] = {}  # isinstance of a protocol takes 10 us
         self._loop = asyncio.get_running_loop()
         self._digesters = ThreadPoolExecutor(2, "kv-digest")  # Starts its threads on first use.
 
@@ -82,17 +94,36 @@ class DirectMover:
 
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
         buffers = self._pool.buffers(extents)
+        tag = tag_of(message)
+        digesting = self.digesting(link)
+
+        def received(error: BaseException | None) -> None:
+            if error is None and digesting and (digest := digesting.received_digest(tag)) is not None:
+                self._digests[message] = digest
+            done(error)
+
         try:
-            link.post_receive(tag_of(message), Place(nbytes, lambda: buffers), done)
+            if digesting:
+                digesting.makes_digests = True
+            link.post_receive(tag, Place(nbytes, lambda: buffers), received)
         except LinkLost as error:
             done(error)
 
     def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
+        if message in self._digests:
+            on_digest(self._digests.pop(message))
+            return
         sizes = (len(extent.block_ids) * self._pool.layout.block_bytes(extent.layer) for extent in extents)
         self._digest(extents, sum(sizes), on_digest)
 
     def drop(self, link: Link) -> None:
-        pass
+        self._digesting.pop(link, None)
+
+    def digesting(self, link: Link) -> DigestingLink | None:
+        """The link, if it is one of those."""
+        if link not in self._digesting:
+            self._digesting[link] = link if isinstance(link, DigestingLink) else None
+        return self._digesting[link]
 
     def close(self) -> None:
         self._digesters.shutdown(wait=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from .layout import KvLayout
 
 TRANSPOSED_K = "HKtV"
 """The order of vLLM's CPU kernels, followed by the bytes of a number: of each head K as (dim, tokens), V as (tokens, dim)."""
+SCRATCH_BYTES = 1 << 20  # stays in a core's cache
+DIGEST_RUN_BYTES = 128 << 10  # longer runs are digested where they lie
 
 
 class HostKvPool:
@@ -41,6 +44,7 @@ class HostKvPool:
         # Only rows without a gap may be joined; a flat view then gives a run of blocks as one slice.
         self._flat = [rows.reshape(-1) if rows.flags.c_contiguous else None for rows in layers]
         self._blocks = blocks
+        self._local = threading.local()
 
     @property
     def layout(self) -> KvLayout:
@@ -69,28 +73,84 @@ class HostKvPool:
         return [flat[first * size : end * size] for first, end in _runs(block_ids)]
 
     def digest(self, extents: Iterable[Extent]) -> int:
-        """xxh3-64 over the bytes of whole blocks in that order. Thread-safe; releases the GIL for large runs."""
-        return digest_of(self.buffers(extents))
+        """xxh3-64 over the bytes of whole blocks in that order. Thread-safe; releases the GIL for what is large."""
+        extents = tuple(extents)
+        if not self.is_scattered(extents, DIGEST_RUN_BYTES):
+            return digest_of(self.buffers(extents))
+        # One call for many blocks: with one for each, two threads would fight for the GIL at each of them.
+        digest = xxhash.xxh3_64()
+        scratch = self._scratch()
+        for extent in extents:
+            ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+            if rows.shape[1] >= DIGEST_RUN_BYTES:
+                for view in self._views(extent.layer, extent.block_ids):
+                    digest.update(view.data)
+                continue
+            step = len(scratch) // rows.shape[1]
+            for start in range(0, len(ids), step):
+                part = ids[start : start + step]
+                blocks = scratch[: len(part) * rows.shape[1]].reshape(len(part), rows.shape[1])
+                np.take(rows, part, axis=0, out=blocks, mode="clip")
+                digest.update(blocks.data)
+        return digest.intdigest()
+
+    def _scratch(self) -> HostBuffer:
+        """A thread's own memory, touched, for as long as the thread lives."""
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = np.empty(SCRATCH_BYTES, np.uint8)
+        scratch: HostBuffer = self._local.scratch
+        return scratch
+
+    def is_scattered(self, extents: Iterable[Extent], run_bytes: int) -> bool:
+        """Whether whole blocks lie in runs shorter than that on the average, in layers that `pack` reads at once."""
+        nbytes = runs = 0
+        for extent in extents:
+            if self._flat[extent.layer] is None:
+                return False
+            ids = np.array(extent.block_ids)
+            runs += 1 + int(np.count_nonzero(np.diff(ids) != 1))
+            nbytes += len(ids) * self._layout.block_bytes(extent.layer)
+        return nbytes < runs * run_bytes
 
     def pack(self, extents: Iterable[Extent], out: HostBuffer) -> None:
-        """Copy cuts, one after the other, in canonical order (K/V, token, head, dim), into `out`. Thread-safe."""
+        """Copy cuts in canonical order (K/V, token, head, dim), or whole blocks, one after the other, into `out`.
+
+        Thread-safe. Raises IndexError.
+        """
         start = 0
         for extent in extents:
-            cells = self._cells(extent)
-            end = start + cells.size
-            out[start:end].reshape(cells.shape)[:] = cells
+            if extent.cut is None:
+                ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+                end = start + len(ids) * rows.shape[1]
+                blocks = out[start:end].reshape(len(ids), rows.shape[1])
+                np.take(rows, ids, axis=0, out=blocks, mode="clip")  # "raise" would go through one more copy.
+            else:
+                cells = self._cells(extent)
+                end = start + cells.size
+                out[start:end].reshape(cells.shape)[:] = cells
             start = end
 
     def unpack(self, extents: Iterable[Extent], source: HostBuffer) -> None:
-        """What `pack` has put together goes into these cuts. Thread-safe for cuts of other blocks."""
+        """What `pack` has put together goes into these cuts or blocks. Thread-safe for other blocks. Raises IndexError."""
         start = 0
         for extent in extents:
-            assert extent.cut
+            if extent.cut is None:
+                ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+                end = start + len(ids) * rows.shape[1]
+                rows[ids] = source[start:end].reshape(len(ids), rows.shape[1])
+                start = end
+                continue
             layer = self._layout.layers[extent.layer]
             shape = (layer.parts, extent.cut.tokens, extent.cut.heads, layer.head_bytes // layer.parts)
             end = start + int(np.prod(shape))
             self._put(extent, source[start:end].reshape(shape))
             start = end
+
+    def _checked_ids(self, extent: Extent) -> npt.NDArray[np.int64]:
+        ids = np.array(extent.block_ids, np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._blocks:
+            raise IndexError(f"blocks {ids.min()}..{ids.max()} of a pool of {self._blocks}")
+        return ids
 
     def _part_views(self, layer: int) -> list[npt.NDArray[np.uint8]]:
         """K and V of a layer, in place: each (blocks, tokens, heads, items, item bytes)."""

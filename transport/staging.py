@@ -17,7 +17,7 @@ from threading import Lock
 
 import numpy as np
 
-from .base import Buffer, Done, Extent, HandoffKey, HostBuffer, Link, Place
+from .base import Buffer, DeviceBuffer, Done, Extent, HandoffKey, HostBuffer, Link, Place
 from .errors import LinkLost
 from .handoff import MessageId
 from .mover import Extents, OnDigest, tag_of
@@ -63,7 +63,7 @@ class StagedMover:
         self._lock = Lock()
         self._plans: dict[HandoffKey, list[_Ahead]] = {}
         self._gathered: dict[MessageId, tuple[Slot, Ticket]] = {}
-        self._sends: deque[_Send] = deque()  # wait for a slot
+        self._sends: dict[Link, deque[_Send]] = {}  # wait for a slot
         self._sending: list[_Send] = []  # have one, and their gather is under way
         self._hungry: dict[Link, None] = {}  # receives wait for a slot
         self._held: dict[Link, int] = {}  # bytes of slots
@@ -117,8 +117,8 @@ class StagedMover:
                 self._plans[message.key] = [ahead for ahead in plans if ahead.message != message]
             gathered = self._gathered.pop(message, None)
         if gathered is None:
-            self._sends.append(send)
-            self._feed()
+            self._sends.setdefault(link, deque()).append(send)
+            self._feed_sends(link)
             return
         send.slot, ticket = gathered
         self._hold(link, nbytes)
@@ -179,8 +179,7 @@ class StagedMover:
         self._when(self._stager.scatter(extents, slot), scattered)
 
     def drop(self, link: Link) -> None:
-        waiting = [send for send in self._sends if send.link is link]
-        self._sends = deque(send for send in self._sends if send.link is not link)
+        waiting = self._sends.pop(link, ())
         self._hungry.pop(link, None)
         error = LinkLost(f"{link.peer} is gone")
         for send in waiting:
@@ -202,7 +201,7 @@ class StagedMover:
 
     def _reserve(self, link: Link, nbytes: int) -> Slot | None:
         """A slot, if that leaves the others who want one their share."""
-        wanting = {*self._hungry, *self._held, *(send.link for send in self._sends), link}
+        wanting = {*self._hungry, *self._held, *self._sends, link}
         share = self._stager.staging_bytes // max(2, len(wanting))  # Never all: a peer that hangs keeps what it has.
         held = self._held.get(link, 0)
         if held and held + nbytes > share:
@@ -226,16 +225,24 @@ class StagedMover:
 
     def _feed(self) -> None:
         """There may be room: first come, first served, but for those who have their share."""
-        for send in list(self._sends):
-            slot = self._reserve(send.link, send.nbytes)
-            if slot is None:
-                continue
-            self._sends.remove(send)
-            send.slot = slot
-            self._follow(send, self._stager.gather(send.extents, slot))
+        for link in list(self._sends):
+            self._feed_sends(link)
         hungry, self._hungry = self._hungry, {}
         for link in hungry:
             link.retry_receives()
+
+    def _feed_sends(self, link: Link) -> None:
+        """Gather what there is room for."""
+        while waiting := self._sends.get(link):
+            send = waiting[0]
+            slot = self._reserve(link, send.nbytes)
+            if slot is None:
+                return
+            waiting.popleft()
+            if not waiting:
+                del self._sends[link]
+            send.slot = slot
+            self._follow(send, self._stager.gather(send.extents, slot))
 
     # Tickets.
 
@@ -274,12 +281,15 @@ class StagedMover:
 
 
 class HostStager:
-    """Cuts of blocks in host memory, copied at once (`HostKvPool.pack`)."""
+    """Blocks in host memory, or cuts of them, copied at once (`HostKvPool.pack`)."""
 
     def __init__(self, pool: HostKvPool, staging_bytes: int) -> None:
         self._pool = pool
         self._staging_bytes = staging_bytes
         self._free_bytes = staging_bytes
+        # By size: memory that was touched. A first touch takes longer than all else that is done with a message.
+        self._kept: dict[int, list[HostBuffer]] = {}
+        self._kept_bytes = 0
         self._lock = Lock()
 
     @property
@@ -295,11 +305,21 @@ class HostStager:
             if nbytes > self._free_bytes:
                 return None
             self._free_bytes -= nbytes
+            if kept := self._kept.get(nbytes):
+                self._kept_bytes -= nbytes
+                return HostSlot(kept.pop())
+            if self._kept_bytes > self._free_bytes:
+                self._kept.clear()
+                self._kept_bytes = 0
         return HostSlot(np.empty(nbytes, np.uint8))
 
     def release(self, slot: Slot) -> None:
+        buffer = slot.buffer
+        assert not isinstance(buffer, DeviceBuffer)
         with self._lock:
-            self._free_bytes += slot.buffer.nbytes
+            self._free_bytes += buffer.nbytes
+            self._kept.setdefault(buffer.nbytes, []).append(buffer)
+            self._kept_bytes += buffer.nbytes
 
     def gather(self, extents: Iterable[Extent], slot: Slot, *, stream: object | None = None) -> _Moved:
         assert isinstance(slot, HostSlot)

@@ -138,6 +138,7 @@ class DecodeWorker:
             return Refused(RequestId(""), 0, "bad_job", f"a {type(job).__name__} is no decode job")
         decision = self._admission.offer(job)
         if decision.is_new and self._tasks is not None:
+            log.debug("admitted a request", extra={"request_id": job.request_id})
             before = self._stop(self._runs.get(job.request_id))
             self._outbox.open(job.router_id, job.stream_id, job.attempt)
             run = self._runs[job.request_id] = _Run(job)
@@ -209,6 +210,8 @@ class DecodeWorker:
 
     def _on_step(self, run: _Run, output: StepOutput) -> None:
         job = run.job
+        if output.computed_tokens is not None:
+            log.debug("made the first token", extra={"request_id": job.request_id})
         run.is_finished = run.is_finished or output.finish != FINISH_NONE
         self._outbox.add(
             job.router_id,

@@ -332,6 +332,7 @@ class PrefillWorker:
     async def _run_job(self, run: _Run) -> None:
         job = run.job
         self._runs[job.request_id, job.attempt] = run
+        log.debug("took a job", extra={"request_id": job.request_id, "handoff": job.handoff_token[:4].hex()})
         self._idle.clear()
         self._on_change()
         is_done = False

@@ -52,6 +52,33 @@ async def test_every_byte_of_scattered_blocks_arrives(make_pair: MakePair, schem
         assert not any(view.any() for view in rest), "a foreign block was written"
 
 
+@pytest.mark.parametrize("is_run_at_the_source", [True, False])
+async def test_a_run_of_blocks_arrives_scattered_and_scattered_ones_as_a_run(
+    make_pair: MakePair, scheme: str, is_run_at_the_source: bool
+) -> None:
+    pair = await make_pair(scheme, layout=make_layout(layers=2, block_bytes=64 << 10), blocks=80)
+    run, scattered = list(range(8, 72)), list(range(79, 15, -1))
+    from_ids, to_ids = (run, scattered) if is_run_at_the_source else (scattered, run)
+    key = pair.key()
+    pair.expect(key, to_ids)
+    pair.open(key, 64)
+    pair.push(key, from_ids)
+    await pair.both_ended()
+    assert pair.ends.received[0].is_landed
+    assert differing_blocks(pair.source, from_ids, pair.target, to_ids) == []
+
+
+async def test_a_block_larger_than_a_message_should_be_still_travels(make_pair: MakePair, scheme: str) -> None:
+    pair = await make_pair(scheme, layout=make_layout(layers=1, block_bytes=9 << 20), blocks=3)
+    key = pair.key()
+    pair.expect(key, [2, 0])
+    pair.open(key, 2)
+    pair.push(key, [0, 1])
+    await pair.both_ended()
+    assert pair.ends.received[0].is_landed
+    assert differing_blocks(pair.source, [0, 1], pair.target, [2, 0]) == []
+
+
 async def test_large_blocks_are_digested_on_a_thread(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme, layout=make_layout(layers=2, block_bytes=256 << 10), blocks=24)
     key = pair.key()

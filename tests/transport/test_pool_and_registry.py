@@ -9,7 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import uvloop
+import xxhash
 from transport_rig import (
+    BLOCK_TOKENS,
     DECODE_EPOCH,
     chunk,
     differing_blocks,
@@ -25,11 +27,15 @@ from hocket.transport import (
     HandoffEndpoint,
     HandoffKey,
     HostKvPool,
+    KvLayer,
+    KvLayout,
+    KvShape,
     ReceiveEnd,
     TransportUnavailable,
     installed_schemes,
     open_transports,
 )
+from hocket.transport.pool import digest_of
 from hocket.transport.registry import start_transports
 
 
@@ -43,6 +49,47 @@ def test_neighbouring_blocks_come_as_one_view_and_a_digest_does_not_see_where_bl
         assert pool.digest([Extent(layer, (4, 5, 6, 9, 8, 1))]) == other.digest([Extent(layer, (0, 9, 3, 4, 5, 2))])
         assert pool.digest([Extent(layer, (4, 5))]) != pool.digest([Extent(layer, (5, 4))])
     assert pool.buffers([Extent(0, ())]) == []
+
+
+def test_whole_blocks_are_packed_and_unpacked_in_their_order() -> None:
+    layout = make_layout(layers=2, block_bytes=64)
+    pool, other = make_pool(layout, 10, seed=1), make_pool(layout, 10)
+    from_ids, to_ids = (4, 5, 9, 0), (7, 1, 2, 3)
+    packed = np.zeros(2 * 4 * 64, np.uint8)
+    pool.pack([Extent(layer, from_ids) for layer in range(2)], packed)
+    other.unpack([Extent(layer, to_ids) for layer in range(2)], packed)
+    assert differing_blocks(pool, from_ids, other, to_ids) == []
+    assert [bytes(rows.data) for rows in other.buffers([Extent(0, (0, 4, 5, 6, 8, 9))])] == [
+        bytes(64),
+        bytes(192),
+        bytes(128),
+    ]
+    assert digest_of([packed]) == pool.digest([Extent(layer, from_ids) for layer in range(2)])
+    for wrong in (-1, 10):
+        with pytest.raises(IndexError):
+            pool.pack([Extent(0, (0, wrong))], packed[:128])
+        with pytest.raises(IndexError):
+            other.unpack([Extent(0, (0, wrong))], packed[:128])
+
+
+def test_a_digest_is_the_same_by_whatever_way_it_is_made() -> None:
+    sizes = (32 << 10, 192 << 10, 48 << 10)  # short, long and odd parts of the memory that blocks are put together in
+    layers = tuple(KvLayer(f"layer.{number}", 1, size // BLOCK_TOKENS) for number, size in enumerate(sizes))
+    pool = make_pool(KvLayout("test/model", "main", "float32", "float32", layers, KvShape((BLOCK_TOKENS,))), 80, seed=3)
+    block_ids = tuple(np.random.default_rng(5).permutation(80)[:70].tolist())
+    extents = [Extent(layer, block_ids) for layer in range(3)]
+    assert pool.is_scattered(extents, 128 << 10)
+    blocks = (bytes(pool.buffers([Extent(layer, (block,))])[0]) for layer in range(3) for block in block_ids)
+    assert pool.digest(extents) == xxhash.xxh3_64_intdigest(b"".join(blocks))
+
+
+def test_blocks_are_scattered_when_their_runs_are_short() -> None:
+    pool = make_pool(make_layout(layers=2, block_bytes=64), 10)
+    assert pool.is_scattered([Extent(0, (4, 6, 8, 1))], 65)
+    assert pool.is_scattered([Extent(0, (4, 5, 6, 7)), Extent(1, (9, 8, 7, 6))], 128)
+    assert not pool.is_scattered([Extent(0, (4, 5, 6, 7)), Extent(1, (4, 5, 6, 7))], 256)
+    apart = np.zeros((10, 256), np.uint8)
+    assert not HostKvPool(make_layout(layers=1, block_bytes=64), [apart[:, :64]]).is_scattered([Extent(0, (4, 6))], 128)
 
 
 def test_a_view_is_the_pool_itself() -> None:

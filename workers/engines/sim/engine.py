@@ -369,6 +369,7 @@ class SimEngine:
             work.skip_to(len(work.tokens))
             self._scheduler.store(work)
             self._scheduler.start_decoding(work)
+            log.debug("made a request runnable", extra={"request_id": work.task.request_id})
         else:
             log.info("hand-off failed, computing the rest: %s", end.reason, extra={"request_id": work.task.request_id})
             good = min(end.good_token, len(work.tokens) - 1)

@@ -8,6 +8,7 @@ this module, too, and asks the class methods; it never makes one.
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,8 @@ from .worker_side import HandoffSettings, StepResults, WorkerSide
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no stubs here.
@@ -129,6 +132,8 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def update_connector_output(self, connector_output: Unchecked) -> None:
         assert self._scheduler
+        for request_id in connector_output.finished_recving or ():
+            log.debug("made a request runnable", extra={"request_id": request_id})
         for ids in (connector_output.finished_sending, connector_output.finished_recving):
             for task in self._scheduler.moved(ids or ()):
                 self._channel.send(TaskEnded(task))
