@@ -309,3 +309,16 @@ async def check_answer(case: Case, within_s: float) -> Ended:
 
 def cancel(case: Case) -> None:
     case.pair.decode.say(Cancel(case.number))
+
+
+async def over(case: Case) -> None:
+    """Its blocks may be others' from now on."""
+    async with asyncio.timeout(FAULT_S + COMPUTE_S):
+        await case.pair.decode.came_to(case.token, 100)
+
+
+async def check_handed(case: Case) -> None:
+    """The prefill side ends too, and says how."""
+    async with asyncio.timeout(LEASES_S):
+        ended = await case.handed
+    assert not ended.error or ended.error.startswith("hand-off failed"), ended.error

@@ -19,7 +19,9 @@ from faults_rig import (
     Pair,
     cancel,
     check_answer,
+    check_handed,
     others_of,
+    over,
     right_answer,
 )
 
@@ -63,19 +65,6 @@ async def at_every_position(pairs: list[Pair], meet: Callable[[Case], Awaitable[
     async with asyncio.TaskGroup() as tasks:
         for pair, position in zip(pairs, POSITIONS, strict=True):
             tasks.create_task(run(pair, position), name=f"fault at {position} %")
-
-
-async def over(case: Case) -> None:
-    """Its blocks may be others' from now on."""
-    async with asyncio.timeout(FAULT_S + COMPUTE_S):
-        await case.pair.decode.came_to(case.token, 100)
-
-
-async def check_handed(case: Case) -> None:
-    """The prefill side ends too, and says how."""
-    async with asyncio.timeout(LEASES_S):
-        ended = await case.handed
-    assert not ended.error or ended.error.startswith("hand-off failed"), ended.error
 
 
 async def test_a_killed_prefill_worker(pairs: list[Pair]) -> None:

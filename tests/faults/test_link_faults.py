@@ -1,0 +1,180 @@
+"""The TCP link of two processes is cut, reset, silenced, slowed and corrupted at 0, 50, 99 and after 100 % of the bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import pytest_asyncio
+from fault_proxy import Direction, FaultProxy
+from faults_rig import (
+    COMPUTE_S,
+    FAULT_S,
+    HANDOFF_BYTES,
+    POSITIONS,
+    Case,
+    Engine,
+    Pair,
+    cancel,
+    check_answer,
+    check_handed,
+    others_of,
+    over,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+SLOW_BYTES_PER_S = 400e3  # 3 Mbit/s: the hand-off takes two seconds instead of half a one
+SILENT_S = 6.0
+BOTH: tuple[Direction, ...] = ("forward", "backward")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pairs() -> AsyncIterator[list[Pair]]:
+    """One for each position, each with a proxy between its two processes."""
+    pairs = [Pair(Engine("prefill", "tcp"), Engine("decode", "tcp")) for _ in POSITIONS]
+    async with asyncio.TaskGroup() as tasks:
+        for pair in pairs:
+            for engine in pair.engines:
+                tasks.create_task(engine.start())
+    for pair in pairs:
+        host, port = pair.decode.ready.addresses[0].removeprefix("tcp://").split(":")
+        pair.proxy = FaultProxy(host, int(port))
+        pair.address = f"tcp://127.0.0.1:{await pair.proxy.start()}"
+        await pair.check_serves()
+        await pair.check_settled()
+    yield pairs
+    for pair in pairs:
+        for engine in pair.engines:
+            await engine.aclose()
+        assert pair.proxy
+        await pair.proxy.aclose()
+
+
+Break = Callable[[FaultProxy], None]
+
+
+async def begin_and_break(pair: Pair, position: int, break_link: Break) -> Case:
+    """The fault comes at the very byte, not one earlier or later; at 0 when the hand-off is granted, at 100 when it is over."""
+    proxy = pair.proxy
+    assert proxy
+    case = pair.begin(position)
+    if 0 < position < 100:
+        broken = asyncio.Event()
+
+        def at_the_byte() -> None:
+            break_link(proxy)
+            broken.set()
+
+        proxy.at("forward", HANDOFF_BYTES * position // 100, at_the_byte)
+        await broken.wait()
+    else:
+        await pair.decode.came_to(case.token, position)
+        break_link(proxy)
+    return case
+
+
+async def check_afterwards(case: Case, *, is_cancelled: bool = False) -> None:
+    """Exact and soon, others too, on the same blocks, and both sides end; then everything is back and a hand-off lands."""
+    if is_cancelled:
+        cancel(case)
+    async with asyncio.TaskGroup() as tasks:
+        if not is_cancelled:
+            tasks.create_task(check_answer(case, FAULT_S + COMPUTE_S))
+        await over(case)
+        await others_of(case)
+    assert case.pair.proxy
+    case.pair.proxy.heal()
+    await others_of(case)
+    await check_handed(case)
+    await case.pair.check_settled()
+    await case.pair.check_serves()
+    await case.pair.check_settled()
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["", "client-goes"])
+@pytest.mark.parametrize(
+    "break_link",
+    [
+        FaultProxy.cut,
+        FaultProxy.reset,
+        lambda proxy: proxy.silence(*BOTH),
+        lambda proxy: proxy.silence("forward"),
+        lambda proxy: proxy.silence("backward"),
+    ],
+    ids=["cut", "reset", "silent", "prefill-unheard", "decode-unheard"],
+)
+async def test_a_broken_link(pairs: list[Pair], break_link: Break, is_cancelled: bool) -> None:
+    async def run(pair: Pair, position: int) -> None:
+        case = await begin_and_break(pair, position, break_link)
+        try:
+            await check_afterwards(case, is_cancelled=is_cancelled)
+        finally:
+            assert pair.proxy
+            pair.proxy.heal()
+
+    async with asyncio.TaskGroup() as tasks:
+        for pair, position in zip(pairs, POSITIONS, strict=True):
+            tasks.create_task(run(pair, position), name=f"fault at {position} %")
+
+
+async def test_a_link_that_breaks_and_heals_at_once_lands_all_the_same(pairs: list[Pair]) -> None:
+    for position in (0, 50, 99):
+        case = await begin_and_break(pairs[0], position, FaultProxy.reset)
+        ended = await check_answer(case, FAULT_S + COMPUTE_S)
+        assert ended.computed_tokens == 1, "it was computed again, and the sender could have claimed again"
+        assert (await case.handed).error == ""
+        await check_afterwards(case)
+
+
+async def test_a_slow_link_is_not_taken_for_a_dead_one(pairs: list[Pair]) -> None:
+    async def run(pair: Pair, position: int) -> None:
+        case = await begin_and_break(pair, position, lambda proxy: proxy.slow(SLOW_BYTES_PER_S))
+        ended = await check_answer(case, HANDOFF_BYTES / SLOW_BYTES_PER_S + COMPUTE_S)
+        assert ended.computed_tokens == 1, "it was given up"
+        await check_afterwards(case)
+
+    async with asyncio.TaskGroup() as tasks:
+        for pair, position in zip(pairs, POSITIONS, strict=True):
+            tasks.create_task(run(pair, position))
+
+
+async def test_a_changed_byte_of_kv_is_sent_again(pairs: list[Pair]) -> None:
+    async def run(pair: Pair, position: int) -> None:
+        assert pair.proxy
+        before = (await pair.decode.state()).received.get("landed", 0)
+        # A thousandth further on: behind the frames, within KV.
+        pair.proxy.flip("forward", HANDOFF_BYTES * position // 100 + HANDOFF_BYTES // 1000)
+        case = pair.begin(position)
+        ended = await check_answer(case, FAULT_S + COMPUTE_S)
+        assert ended.computed_tokens == 1
+        assert (await case.handed).error == ""
+        assert (await pair.decode.state()).received["landed"] == before + 1
+        await check_afterwards(case)
+
+    async with asyncio.TaskGroup() as tasks:
+        for pair, position in zip(pairs, POSITIONS[:3], strict=False):
+            tasks.create_task(run(pair, position))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_changed_bytes_anywhere_change_no_answer(pairs: list[Pair], seed: int) -> None:
+    """Also in headers and frames, either way: whatever they say then, nobody believes wrong KV, and nobody hangs."""
+    rng = random.Random(seed)
+
+    async def run(pair: Pair) -> None:
+        assert pair.proxy
+        for _ in range(4):
+            pair.proxy.flip("forward", rng.choice([rng.randrange(200), rng.randrange(HANDOFF_BYTES)]))
+            pair.proxy.flip("backward", rng.randrange(150))
+            case = pair.begin(0)
+            await check_answer(case, 10.0 + COMPUTE_S)
+            pair.proxy.heal()
+            await others_of(case)
+            await case.handed
+        await pair.check_settled()
+
+    async with asyncio.TaskGroup() as tasks:
+        for pair in pairs:
+            tasks.create_task(run(pair))
