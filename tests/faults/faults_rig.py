@@ -142,7 +142,8 @@ class Engine:
             case Ready():
                 self._ready.set_result(event)
             case Ended():
-                self._ended[event.number].set_result(event)
+                if not (ended := self._ended[event.number]).done():  # A test that has failed waits no longer.
+                    ended.set_result(event)
             case Progress():
                 self._progress[event.token] = event
                 self._heard.set()
@@ -300,7 +301,7 @@ async def check_answer(case: Case, within_s: float) -> Ended:
     """It is exact, and comes within this time."""
     try:
         async with asyncio.timeout(within_s):
-            ended = await case.answer
+            ended = await asyncio.shield(case.answer)
     except TimeoutError:
         raise AssertionError(f"no answer within {within_s} s of a fault at {case.position} %") from None
     assert (ended.error, ended.token_ids) == ("", right_answer(case.prompt, ANSWER_TOKENS)), case.position
@@ -320,5 +321,5 @@ async def over(case: Case) -> None:
 async def check_handed(case: Case) -> None:
     """The prefill side ends too, and says how."""
     async with asyncio.timeout(LEASES_S):
-        ended = await case.handed
+        ended = await asyncio.shield(case.handed)
     assert not ended.error or ended.error.startswith("hand-off failed"), ended.error
