@@ -323,3 +323,22 @@ async def check_handed(case: Case) -> None:
     async with asyncio.timeout(LEASES_S):
         ended = await asyncio.shield(case.handed)
     assert not ended.error or ended.error.startswith("hand-off failed"), ended.error
+
+
+async def check_broken(case: Case, heal: Callable[[], None], *, is_cancelled: bool = False) -> None:
+    """Exact and soon, others too, on the same blocks, and both sides end; then everything is back and a hand-off lands."""
+    try:
+        if is_cancelled:
+            cancel(case)
+        async with asyncio.TaskGroup() as tasks:
+            if not is_cancelled:
+                tasks.create_task(check_answer(case, FAULT_S + COMPUTE_S))
+            await over(case)
+            await others_of(case)
+    finally:
+        heal()
+    await others_of(case)
+    await check_handed(case)
+    await case.pair.check_settled()
+    await case.pair.check_serves()
+    await case.pair.check_settled()

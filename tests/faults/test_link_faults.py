@@ -17,11 +17,9 @@ from faults_rig import (
     Case,
     Engine,
     Pair,
-    cancel,
     check_answer,
-    check_handed,
+    check_broken,
     others_of,
-    over,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
@@ -49,17 +47,20 @@ async def pairs() -> AsyncIterator[list[Pair]]:
     for pair in pairs:
         for engine in pair.engines:
             await engine.aclose()
-        assert pair.proxy
-        await pair.proxy.aclose()
+        await proxy_of(pair).aclose()
 
 
 Break = Callable[[FaultProxy], None]
 
 
+def proxy_of(pair: Pair) -> FaultProxy:
+    assert pair.proxy
+    return pair.proxy
+
+
 async def begin_and_break(pair: Pair, position: int, break_link: Break) -> Case:
     """The fault comes at the very byte, not one earlier or later; at 0 when the hand-off is granted, at 100 when it is over."""
-    proxy = pair.proxy
-    assert proxy
+    proxy = proxy_of(pair)
     case = pair.begin(position)
     if 0 < position < 100:
         broken = asyncio.Event()
@@ -74,24 +75,6 @@ async def begin_and_break(pair: Pair, position: int, break_link: Break) -> Case:
         await pair.decode.came_to(case.token, position)
         break_link(proxy)
     return case
-
-
-async def check_afterwards(case: Case, *, is_cancelled: bool = False) -> None:
-    """Exact and soon, others too, on the same blocks, and both sides end; then everything is back and a hand-off lands."""
-    if is_cancelled:
-        cancel(case)
-    async with asyncio.TaskGroup() as tasks:
-        if not is_cancelled:
-            tasks.create_task(check_answer(case, FAULT_S + COMPUTE_S))
-        await over(case)
-        await others_of(case)
-    assert case.pair.proxy
-    case.pair.proxy.heal()
-    await others_of(case)
-    await check_handed(case)
-    await case.pair.check_settled()
-    await case.pair.check_serves()
-    await case.pair.check_settled()
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["", "client-goes"])
@@ -109,11 +92,7 @@ async def check_afterwards(case: Case, *, is_cancelled: bool = False) -> None:
 async def test_a_broken_link(pairs: list[Pair], break_link: Break, is_cancelled: bool) -> None:
     async def run(pair: Pair, position: int) -> None:
         case = await begin_and_break(pair, position, break_link)
-        try:
-            await check_afterwards(case, is_cancelled=is_cancelled)
-        finally:
-            assert pair.proxy
-            pair.proxy.heal()
+        await check_broken(case, proxy_of(pair).heal, is_cancelled=is_cancelled)
 
     async with asyncio.TaskGroup() as tasks:
         for pair, position in zip(pairs, POSITIONS, strict=True):
@@ -126,7 +105,7 @@ async def test_a_link_that_breaks_and_heals_at_once_lands_all_the_same(pairs: li
         ended = await check_answer(case, FAULT_S + COMPUTE_S)
         assert ended.computed_tokens == 1, "it was computed again, and the sender could have claimed again"
         assert (await case.handed).error == ""
-        await check_afterwards(case)
+        await check_broken(case, proxy_of(case.pair).heal)
 
 
 async def test_a_slow_link_is_not_taken_for_a_dead_one(pairs: list[Pair]) -> None:
@@ -134,7 +113,7 @@ async def test_a_slow_link_is_not_taken_for_a_dead_one(pairs: list[Pair]) -> Non
         case = await begin_and_break(pair, position, lambda proxy: proxy.slow(SLOW_BYTES_PER_S))
         ended = await check_answer(case, HANDOFF_BYTES / SLOW_BYTES_PER_S + COMPUTE_S)
         assert ended.computed_tokens == 1, "it was given up"
-        await check_afterwards(case)
+        await check_broken(case, proxy_of(case.pair).heal)
 
     async with asyncio.TaskGroup() as tasks:
         for pair, position in zip(pairs, POSITIONS, strict=True):
@@ -143,16 +122,15 @@ async def test_a_slow_link_is_not_taken_for_a_dead_one(pairs: list[Pair]) -> Non
 
 async def test_a_changed_byte_of_kv_is_sent_again(pairs: list[Pair]) -> None:
     async def run(pair: Pair, position: int) -> None:
-        assert pair.proxy
         before = (await pair.decode.state()).received.get("landed", 0)
         # A thousandth further on: behind the frames, within KV.
-        pair.proxy.flip("forward", HANDOFF_BYTES * position // 100 + HANDOFF_BYTES // 1000)
+        proxy_of(pair).flip("forward", HANDOFF_BYTES * position // 100 + HANDOFF_BYTES // 1000)
         case = pair.begin(position)
         ended = await check_answer(case, FAULT_S + COMPUTE_S)
         assert ended.computed_tokens == 1
         assert (await case.handed).error == ""
         assert (await pair.decode.state()).received["landed"] == before + 1
-        await check_afterwards(case)
+        await check_broken(case, proxy_of(case.pair).heal)
 
     async with asyncio.TaskGroup() as tasks:
         for pair, position in zip(pairs, POSITIONS[:3], strict=False):
@@ -173,15 +151,14 @@ async def test_changed_bytes_anywhere_change_no_answer(pairs: list[Pair], seed: 
     rng = random.Random(seed)
 
     async def run(pair: Pair) -> None:
-        assert pair.proxy
         for _ in range(4):
-            pair.proxy.flip("forward", rng.choice([rng.randrange(200), rng.randrange(HANDOFF_BYTES)]))
-            pair.proxy.flip("backward", rng.randrange(150))
+            proxy_of(pair).flip("forward", rng.choice([rng.randrange(200), rng.randrange(HANDOFF_BYTES)]))
+            proxy_of(pair).flip("backward", rng.randrange(150))
             case = pair.begin(0)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(deliver_until_answered(case))
                 await check_answer(case, FAULT_S + COMPUTE_S)
-            pair.proxy.heal()
+            proxy_of(pair).heal()
             await others_of(case)
         await pair.check_settled()
 
