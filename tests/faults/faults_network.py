@@ -59,7 +59,9 @@ class Network:
         _run("ip", "-n", self._names[0], "link", "add", near, "type", "veth", "peer", far, "netns", self._names[1])
         for name, device, host in zip(self._names, self._devices, self.hosts, strict=True):
             _run("ip", "-n", name, "addr", "add", f"{host}/24", "dev", device)
-            _run("ip", "-n", name, "link", "set", device, "gso_max_segs", "1", "up")  # A rule sees packets as they travel.
+            _run(
+                "ip", "-n", name, "link", "set", device, "gso_max_segs", "1", "up"
+            )  # A rule sees packets as they travel.
 
     def remove(self) -> None:
         for name in self._names:

@@ -88,7 +88,9 @@ async def test_a_killed_decode_worker(pairs: list[Pair]) -> None:
         await check_handed(case)
         await pair.decode.restart()
         again = pair.begin(case.position)
-        await asyncio.gather(check_answer(again, LEASES_S), check_handed(again), others_of(again))
+        async with asyncio.TaskGroup() as tasks:
+            for check in (check_answer(again, LEASES_S), check_handed(again), others_of(again)):
+                tasks.create_task(check)
 
     await at_every_position(pairs, meet)
 

@@ -107,6 +107,69 @@ class Request:
         ends = [-(-self.end_token // block_tokens) for block_tokens in layout.shape.block_tokens]
         return [max(0, end - first) for end, first in zip(ends, self.first_blocks(layout), strict=True)]
 
+    def replaced_by(self, key: HandoffKey) -> str:
+        if self.writer is None:
+            return "granted"
+        return "replaced" if self.newest_granted < (key.attempt, key.delivery) else "regrant"
+
+    def grant(self, order: SendOrder, epoch: int, writer: tuple[LinkId, int]) -> None:
+        """Somebody may write from now on; it must be the right one."""
+        key = (order.key.attempt, order.key.delivery)
+        assert not self.end, "a grant after the end"
+        assert order.decode_epoch == epoch, "a job for an earlier incarnation was granted"
+        assert key >= max(self.newest_granted, (self.attempt, 0)), "an older attempt was granted"
+        self.newest_granted, self.writer = key, writer
+
+
+class Blocks:
+    """The decode side's KV: who has which block, and every cell. What nobody has, a stranger fills with his own."""
+
+    def __init__(self, layout: KvLayout, count: int) -> None:
+        self._layout = layout
+        self._count = count
+        self.free = list(range(count))
+        self.owner: dict[int, Request] = {}
+        self.used: set[int] = set()  # that a request had and gave back
+        self.memory: dict[Cell, int] = {}
+        self._fill(self.free)
+
+    def take(self, request: Request, count: int, rng: random.Random) -> list[int]:
+        block_ids = [self.free.pop(rng.randrange(len(self.free))) for _ in range(count)]
+        self._check_strangers(block_ids)
+        self.owner.update((block, request) for block in block_ids)
+        return block_ids
+
+    def give_back(self, block_ids: list[int]) -> None:
+        """Somebody else has them from now on."""
+        for block in block_ids:
+            del self.owner[block]
+        self.free += block_ids
+        self.used.update(block_ids)
+        self._fill(block_ids)
+
+    def _fill(self, block_ids: list[int]) -> None:
+        for block in block_ids:
+            for layer in range(LAYERS):
+                for offset in range(self._layout.block_tokens(layer)):
+                    self.memory[layer, block, offset] = -1 - block
+
+    def _check_strangers(self, block_ids: list[int]) -> None:
+        for cell, value in self.memory.items():
+            assert cell[1] not in block_ids or value == -1 - cell[1], "a stranger's block was written"
+
+    def check_good(self, request: Request, good_token: int) -> None:
+        """The wanted tokens before this one are those of the prompt."""
+        for layer in range(LAYERS):
+            first_block, block_ids = request.groups[self._layout.layers[layer].group]
+            block_tokens = self._layout.block_tokens(layer)
+            for token in range(first_block * block_tokens, good_token):
+                cell = (layer, block_ids[token // block_tokens - first_block], token % block_tokens)
+                assert self.memory[cell] == request.truth[layer][token], "a good block is wrong"
+
+    def check_end(self) -> None:
+        assert len(self.free) == self._count, "blocks are missing"
+        self._check_strangers(self.free)
+
 
 @dataclass(eq=False)
 class Job:

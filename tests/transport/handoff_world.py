@@ -16,6 +16,7 @@ from math import lcm
 from handoff_parts import (
     CELL_BYTES,
     LAYERS,
+    Blocks,
     Cell,
     Job,
     Prefill,
@@ -82,12 +83,7 @@ class World:
         self.sizes = MessageSizes(rng.choice([12, 20, 200]), rng.choice([2, 2, 8]), rng.choice([2, 8, 100]))
         self.requests = [self.make_request() for _ in range(rng.choice([1, 2, 2, 3]))]
         needed = [sum(request.blocks_needed(self.layout)) for request in self.requests]
-        self.free = list(range(max(needed) + rng.randint(0, 3)))
-        self.blocks = len(self.free)
-        self.owner: dict[int, Request] = {}
-        self.used: set[int] = set()  # blocks that a request had and gave back
-        self.memory: dict[Cell, int] = {}
-        self.fill(self.free)
+        self.pool = Blocks(self.layout, max(needed) + rng.randint(0, 3))
         self.receiver = self.make_receiver()
         self.receiver_paused_until = 0.0
         self.backlog: deque[ReceiverEvent] = deque()  # what comes while it is stopped
@@ -183,7 +179,7 @@ class World:
 
     def receiver_actions(self) -> Iterator[Action]:
         for request in self.requests:
-            if not request.is_expected and sum(request.blocks_needed(self.layout)) <= len(self.free):
+            if not request.is_expected and sum(request.blocks_needed(self.layout)) <= len(self.pool.free):
                 yield partial(self.expect, request)
         for compute in self.digests:
             yield partial(self.finish_digest, compute)
@@ -238,10 +234,8 @@ class World:
         request.is_expected = True
         groups = []
         for first, count in zip(request.first_blocks(self.layout), request.blocks_needed(self.layout), strict=True):
-            block_ids = [self.free.pop(self.rng.randrange(len(self.free))) for _ in range(count)]
-            self.check_strangers(block_ids)
-            self.seen["reused"] += not self.used.isdisjoint(block_ids)
-            self.owner.update((block, request) for block in block_ids)
+            block_ids = self.pool.take(request, count, self.rng)
+            self.seen["reused"] += not self.pool.used.isdisjoint(block_ids)
             groups.append(GroupBlocks(first, tuple(block_ids)))
         request.groups = tuple(groups)
         self.tell_receiver(
@@ -308,7 +302,7 @@ class World:
 
     def finish_digest(self, compute: ComputeDigest) -> None:
         self.digests.remove(compute)
-        values = [self.memory[cell] for cell in cells_of(self.layout, compute.extents)]
+        values = [self.pool.memory[cell] for cell in cells_of(self.layout, compute.extents)]
         self.tell_receiver(Digested(compute.message, digest_of(values)))
 
     def finish_sender_digest(self, prefill: Prefill, compute: PostSend) -> None:
@@ -354,11 +348,11 @@ class World:
     def write(self, message: MessageId, values: list[int], target: list[Cell]) -> None:
         request = self.request_of(message.key.token)
         for cell, value in zip(target, values, strict=True):
-            assert self.owner.get(cell[1]) is request, "a block was written after its expectation had ended"
+            assert self.pool.owner.get(cell[1]) is request, "a block was written after its expectation had ended"
             assert request.writer == (message.link, message.transfer), "somebody wrote whose grant was over"
             is_wrong = self.corruptions and self.are_faults_on and self.rng.random() < 0.05
             self.corruptions -= bool(is_wrong)
-            self.memory[cell] = value ^ bool(is_wrong)
+            self.pool.memory[cell] = value ^ bool(is_wrong)
 
     def close(self, wire: Wire, side: Side) -> None:
         """One side's link ends: first its messages, then the link."""
@@ -493,16 +487,10 @@ class World:
     def check_said(self, said: SendFrame) -> None:
         match said.frame:
             case Grant(key=wire_key, transfer=transfer):
-                request, key = self.request_of(wire_key.token), (wire_key.attempt, wire_key.delivery)
-                assert not request.end, "a grant after the end"
-                job = self.wires[said.link - 1].sender.jobs[wire_key.key]
-                assert job.order.decode_epoch == EPOCH, "a job for an earlier incarnation was granted"
-                assert key >= max(request.newest_granted, (request.attempt, 0)), "an older attempt was granted"
+                request = self.request_of(wire_key.token)
+                self.seen[request.replaced_by(wire_key.key)] += 1
                 assert not self.receives_of(request), "a second writer was granted beside the first"
-                self.seen["replaced" if (0, 0) < request.newest_granted < key else "regrant"] += (
-                    request.writer is not None
-                )
-                request.newest_granted, request.writer = key, (said.link, transfer)
+                request.grant(self.wires[said.link - 1].sender.jobs[wire_key.key].order, EPOCH, (said.link, transfer))
             case Refuse(key=wire_key, reason="stale_attempt"):
                 request, key = self.request_of(wire_key.token), (wire_key.attempt, wire_key.delivery)
                 assert key <= max(request.newest_claimed, (request.attempt, 0)), "the newest attempt was refused"
@@ -518,37 +506,14 @@ class World:
         assert not self.receives_of(request), "blocks were given back while a receive was posted"
         good = end.good_token
         assert 0 <= good <= request.end_token
-        for layer in range(LAYERS):
-            first_block, block_ids = request.groups[self.layout.layers[layer].group]
-            block_tokens = self.layout.block_tokens(layer)
-            for token in range(first_block * block_tokens, good):
-                cell = (layer, block_ids[token // block_tokens - first_block], token % block_tokens)
-                assert self.memory[cell] == request.truth[layer][token], "a good block is wrong"
+        self.pool.check_good(request, good)
         self.seen["kept a good part"] += 0 < good < request.end_token
         if end.is_landed:
             assert good == request.end_token
             assert not end.reason
         else:
             assert end.reason in ("timeout", "cancelled", "digest", "sender_failed", "link_lost", "stalled"), end.reason
-        self.give_back([block for group in request.groups for block in group.block_ids])
-
-    def give_back(self, block_ids: list[int]) -> None:
-        """Somebody else has them from now on."""
-        for block in block_ids:
-            del self.owner[block]
-        self.free += block_ids
-        self.used.update(block_ids)
-        self.fill(block_ids)
-
-    def fill(self, block_ids: list[int]) -> None:
-        for block in block_ids:
-            for layer in range(LAYERS):
-                for offset in range(self.layout.block_tokens(layer)):
-                    self.memory[layer, block, offset] = -1 - block
-
-    def check_strangers(self, block_ids: list[int]) -> None:
-        for cell, value in self.memory.items():
-            assert cell[1] not in block_ids or value == -1 - cell[1], "a stranger's block was written"
+        self.pool.give_back([block for group in request.groups for block in group.block_ids])
 
     def check_sent(self, job: Job, event: SendReleased | SendEnd) -> None:
         kinds = [SendReleased, SendEnd]
@@ -563,7 +528,6 @@ class World:
     def check_end(self) -> None:
         assert not self.digests
         assert not any(self.receives_of(request) for request in self.requests)
-        assert len(self.free) == self.blocks, "blocks are missing"
-        self.check_strangers(self.free)
+        self.pool.check_end()
         assert not self.receiver.open_tokens
         assert all(prefill.machine.is_idle for prefill in self.prefills if prefill.is_alive)
