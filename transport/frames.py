@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+import xxhash
 
 from .base import HandoffKey
 from .errors import TransportError
 from .layout import GROUPS_MAX, KvShape
 
 FRAME_BYTES_MAX = 1 << 20
+_DIGEST_BYTES = 8
 LAYERS_MAX = 1 << 10
 CHUNKS_MAX = 1 << 12
 TRANSFERS_MAX = 1 << 18
@@ -171,16 +173,21 @@ _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
 def encode(frame: Frame) -> bytes:
-    """One frame as bytes for `Link.send_control`."""
-    return _encoder.encode(frame)
+    """One frame as bytes for `Link.send_control`: its digest, then itself."""
+    body = _encoder.encode(frame)
+    return xxhash.xxh3_64_digest(body) + body
 
 
 def decode(payload: bytes) -> Frame:
-    """Raises BadFrame for anything that is not exactly one frame within the limits."""
+    """Raises BadFrame for anything that is not exactly one frame within the limits, as it was sent."""
     if len(payload) > FRAME_BYTES_MAX:
         raise BadFrame(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
+    body = payload[_DIGEST_BYTES:]
+    # One wrong bit in a number, and both sides would wait for each other until the hand-off's deadline.
+    if payload[:_DIGEST_BYTES] != xxhash.xxh3_64_digest(body):
+        raise BadFrame(f"control frame of {len(payload)} B with a wrong digest")
     try:
-        return _decoder.decode(payload)
+        return _decoder.decode(body)
     except msgspec.DecodeError as error:
         raise BadFrame(f"bad control frame of {len(payload)} B: {error}") from error
 

@@ -28,6 +28,7 @@ STALLED_S = 2.0  # four keepalives missed: UCX and TCP never report a stopped pe
 DRAIN_S = 0.5  # for a writer that was told to stop; then its link is aborted
 HOLD_S = 5.0  # a claim may come before the decode engine has allocated
 RECLAIM_S = 1.0  # after a sender gave up or a digest was wrong: for its retry, or a redelivered job
+LOST_S = 3.0  # likewise after a lost link, from when its peer was last heard: a router gives a dead worker's job back by then
 PAUSE_S = 1.0  # a gap between ticks that means we were suspended ourselves, not our peers
 TICK_S = 0.1
 
@@ -213,6 +214,10 @@ class LinkWatch:
 
     def hear(self, link: LinkId, now: float) -> None:
         self._heard[link] = now
+
+    def heard_at(self, link: LinkId, now: float) -> float:
+        """When it was last heard; now for a link that is not watched."""
+        return self._heard.get(link, now)
 
     def forget(self, link: LinkId) -> None:
         self._heard.pop(link, None)

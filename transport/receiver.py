@@ -15,6 +15,7 @@ from .base import Expectation, Extent, HandoffKey, ReceiveEnd
 from .handoff import (
     DRAIN_S,
     HOLD_S,
+    LOST_S,
     RECLAIM_S,
     AbortLink,
     CancelExpectation,
@@ -345,7 +346,6 @@ class Receiver:
         self._settle(reception, now)
 
     def _on_lost(self, link: LinkId, now: float) -> None:
-        self._watch.forget(link)
         self._wires.pop(link, None)
         for token in [token for token, claim in self._held.items() if claim.link == link]:
             del self._held[token]
@@ -358,6 +358,7 @@ class Receiver:
                 grant.is_drained = True
                 grant.failure = grant.failure or "link_lost"
                 self._settle(reception, now)
+        self._watch.forget(link)
 
     # Time.
 
@@ -434,8 +435,10 @@ class Receiver:
         del self._transfers[grant.transfer]
         reception.grant = None
         reception.failure = grant.failure or "sender_failed"
-        if reception.failure in ("digest", "sender_failed"):
-            reception.reclaim_by = min(reception.deadline, now + RECLAIM_S)
+        reclaim_by = now + RECLAIM_S
+        if reception.failure == "link_lost":  # One that stalled was silent for long enough before.
+            reclaim_by = max(reclaim_by, self._watch.heard_at(grant.link, now) + LOST_S)
+        reception.reclaim_by = min(reception.deadline, reclaim_by)
 
     def _land(self, reception: Reception, grant: Grant) -> None:
         del self._transfers[grant.transfer]

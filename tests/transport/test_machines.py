@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from hocket.transport import frames
-from hocket.transport.base import Expectation, GroupBlocks, HandoffKey, SendOrder
+from hocket.transport.base import Chunk, Expectation, GroupBlocks, HandoffKey, SendOrder
 from hocket.transport.handoff import (
     HOLD_S,
     AbortLink,
+    Announce,
     Dial,
     Emit,
     Expect,
@@ -16,13 +17,14 @@ from hocket.transport.handoff import (
     LinkId,
     LinkUp,
     OpenOrder,
+    PlanSend,
     SendFrame,
     Tick,
 )
 from hocket.transport.layout import KvLayer, KvLayout, KvShape
 from hocket.transport.receiver import HELD_CLAIMS_MAX, SPENT_TOKENS_MAX, Receiver
 from hocket.transport.sender import Sender
-from hocket.transport.wire import Wire
+from hocket.transport.wire import MessageSizes, Wire
 
 LAYOUT = KvLayout("m", "r", "u8", "u8", (KvLayer("0", 1, 8), KvLayer("1", 1, 8)), KvShape((1,)))
 FINGERPRINT = LAYOUT.fingerprint()
@@ -154,3 +156,19 @@ def test_frames_survive_the_wire_and_limits_hold() -> None:
         except frames.BadFrame:
             continue
         raise AssertionError(f"accepted {frame}")
+
+
+def test_no_message_is_larger_than_allowed_when_a_last_block_is_not_full() -> None:
+    layout = KvLayout("m", "r", "u8", "u8", (KvLayer("0", 1, 8), KvLayer("1", 1, 8)), KvShape((16,)))
+    wire = Wire(
+        layout, layout.shape, i_send=True, sizes=MessageSizes(bytes_max=200, computed_bytes=100, bulk_bytes=200)
+    )
+    sender = Sender(layers=2)
+    key = HandoffKey(b"k" * 16, 1, 1)
+    sender.on(OpenOrder(SendOrder(key, ("tcp://a:1",), 4, layout.fingerprint(), 17, 60.0)), 10.0)
+    sender.on(LinkUp(key, LINK, wire), 10.0)
+    sender.on(Announce(key, Chunk(0, 17, (GroupBlocks(0, (3, 4)),))), 10.0)
+    grant = frames.Grant(frames.WireKey.of(key), 1, (0,), 17)
+    instructions = sender.on(FrameReceived(LINK, grant), 10.0)
+    planned = [message for plan in instructions if isinstance(plan, PlanSend) for message in plan.messages]
+    assert [nbytes for _, _, nbytes in planned] == [128, 128, 128, 128], "a whole block of each layer, one token or 16"

@@ -3,7 +3,7 @@
 The socket is driven by hand (`add_reader`, `add_writer`) on asyncio and uvloop alike, because asyncio's own transport
 copies what the kernel does not take at once. Received bytes go from the kernel straight into the posted buffers.
 
-On the wire: a header {kind, segment bytes, tag, message bytes}, then the segment. A KV message travels as segments of at
+On the wire: a header {kind, segment bytes, tag, message bytes, check}, then the segment. A KV message travels as segments of at
 most 1 MiB, so that control frames, which go first, wait for one segment and not for a whole layer. KV that comes
 before its receive is posted, or whose place has no room, stops the reading of this link until it has.
 """
@@ -15,6 +15,7 @@ import logging
 import select
 import socket
 import struct
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,13 +28,23 @@ from .addresses import family_of, join_address, split_address
 from .cursor import Cursor, host_buffers
 
 log = logging.getLogger(__name__)
-_HEADER = struct.Struct("<BxxxIQQ")
+_FIELDS = struct.Struct("<BxxxIQQ")
+_HEADER_BYTES = _FIELDS.size + 4  # and their CRC-32: a wrong length would make the rest of the stream seem to be KV
 _CONTROL, _MESSAGE = 1, 2
 _RESET = struct.pack("ii", 1, 0)  # struct linger
 SEGMENT_BYTES = 1 << 20
 TURN_BYTES = 8 << 20  # then other work of the loop gets its turn
 VIEWS_MAX = 64  # of one system call; IOV_MAX is 1024, but 64 blocks of 16 KiB fill a segment
 CLOSE_S = 1.0
+
+
+def _check_of(fields: bytes | bytearray) -> bytes:
+    return zlib.crc32(fields).to_bytes(4, "little")
+
+
+def _header(kind: int, segment_bytes: int, tag: int, message_bytes: int) -> bytes:
+    fields = _FIELDS.pack(kind, segment_bytes, tag, message_bytes)
+    return fields + _check_of(fields)
 
 
 @dataclass(slots=True)
@@ -69,7 +80,7 @@ class TcpLink:
         self._on_lost: LostHandler | None = None
         # Receiving: a header, then a control frame or a segment of a message.
         self._bytes_received = 0
-        self._header = bytearray(_HEADER.size)
+        self._header = bytearray(_HEADER_BYTES)
         self._have = 0  # bytes of the header, or of the control frame
         self._frame: bytearray | None = None
         self._segment_left = 0
@@ -108,7 +119,7 @@ class TcpLink:
         if len(payload) > self._frame_bytes_max:
             raise ValueError(f"control frame of {len(payload)} B; at most {self._frame_bytes_max}")
         self._check_alive()
-        self._controls.append(_HEADER.pack(_CONTROL, len(payload), 0, len(payload)) + payload)
+        self._controls.append(_header(_CONTROL, len(payload), 0, len(payload)) + payload)
         self._kick()
 
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
@@ -216,9 +227,13 @@ class TcpLink:
             frame, self._frame, self._have = bytes(self._frame), None, 0
             assert self._on_control
             self._on_control(frame)
-        elif self._frame is None and self._have == _HEADER.size and self._error is None:
+        elif self._frame is None and self._have == _HEADER_BYTES and self._error is None:
             self._have = 0
-            self._on_header(*_HEADER.unpack(self._header))
+            fields = self._header[: _FIELDS.size]
+            if self._header != fields + _check_of(fields):
+                self._lose(LinkLost(f"{self._peer} sent a header with a wrong check"))
+                return
+            self._on_header(*_FIELDS.unpack(fields))
 
     def _on_header(self, kind: int, segment_bytes: int, tag: int, message_bytes: int) -> None:
         if kind == _CONTROL and 0 < segment_bytes <= self._frame_bytes_max:
@@ -345,7 +360,7 @@ class TcpLink:
             views = message.cursor.views(segment_bytes, VIEWS_MAX)
             segment_bytes = sum(view.nbytes for view in views)
             message.cursor.advance(segment_bytes)
-            header = _HEADER.pack(_MESSAGE, segment_bytes, message.tag, message.cursor.total_bytes)
+            header = _header(_MESSAGE, segment_bytes, message.tag, message.cursor.total_bytes)
             self._piece = Cursor([header, *views])
         return self._piece
 

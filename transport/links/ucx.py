@@ -372,16 +372,19 @@ async def _greet(engine: Engine, endpoint: core.UCXEndpoint, peer: str, *, timeo
     mine = engine.new_connection()
     out = np.frombuffer(bytearray(_HELLO.pack(_MAGIC, mine, RNDV_BYTES, CONTROL_PIECE_BYTES)), np.uint8)
     arrived = np.zeros(_HELLO.size, np.uint8)
+    greetings: list[asyncio.Future[None]] = []
     try:
         async with asyncio.timeout(timeout_s):
-            sent = engine.greet(endpoint.stream_send(engine.array(out)))
-            received = engine.greet(endpoint.stream_recv(engine.array(arrived)))
-            await sent
-            await received
+            greetings.append(engine.greet(endpoint.stream_send(engine.array(out))))
+            greetings.append(engine.greet(endpoint.stream_recv(engine.array(arrived))))
+            for greeting in greetings:
+                await greeting
         magic, theirs, rndv_bytes, piece_bytes = _HELLO.unpack(arrived.tobytes())
         if (magic, rndv_bytes, piece_bytes) != (_MAGIC, RNDV_BYTES, CONTROL_PIECE_BYTES) or theirs >= CONNECTIONS_MAX:
             raise LinkLost(f"{peer} speaks another version")
     except BaseException as error:
+        for greeting in greetings:
+            greeting.cancel()  # Nobody asks any more how it ended.
         endpoint.close_blocking()
         engine.kick()
         if isinstance(error, TimeoutError):
