@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
+
 from .base import Done, Extent, HandoffKey, Link, Place
 from .errors import LinkLost
+from .frames import PROBE_TRANSFER
 from .handoff import MessageId
 from .pool import HostKvPool
+from .stager import HostSlot, Slot
 
 Extents = tuple[Extent, ...]
 OnDigest = Callable[[int], None]
@@ -44,6 +48,12 @@ class Mover(Protocol):
     def drop(self, link: Link) -> None:
         """The link is lost: what was not yet given to it ends now."""
 
+    def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
+        """Scratch memory of the kind that this mover's messages come from; None: no room now."""
+
+    def release(self, slot: Slot) -> None:
+        """No message uses it any more."""
+
     def close(self) -> None:
         """No call is under way any more."""
 
@@ -52,6 +62,12 @@ def tag_of(message: MessageId) -> int:
     """The link tag of a message: 18 + 12 + 10 bits."""
     assert max(message.transfer >> 18, message.chunk >> 12, message.number >> 10) == 0, message
     return message.transfer << _TRANSFER_SHIFT | message.chunk << _CHUNK_SHIFT | message.number
+
+
+def probe_tag(number: int) -> int:
+    """The link tag of a probe's message, which no hand-off has: its transfer number is never given out."""
+    assert number >> _TRANSFER_SHIFT == 0, number
+    return PROBE_TRANSFER << _TRANSFER_SHIFT | number
 
 
 class DirectMover:
@@ -92,6 +108,12 @@ class DirectMover:
         self._digest(extents, sum(sizes), on_digest)
 
     def drop(self, link: Link) -> None:
+        pass
+
+    def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
+        return HostSlot(np.empty(nbytes, np.uint8))
+
+    def release(self, slot: Slot) -> None:
         pass
 
     def close(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from .base import Buffer, Extent
+from .base import Buffer, Extent, HostBuffer
 
 
 class Slot(Protocol):
@@ -14,6 +15,13 @@ class Slot(Protocol):
     @property
     def buffer(self) -> Buffer:
         """Exactly as long as was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSlot:
+    """Plain memory for one message."""
+
+    buffer: HostBuffer
 
 
 class Ticket(Protocol):
