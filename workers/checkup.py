@@ -117,10 +117,11 @@ class Checkup:
             return (), "unreachable", f"not measured within {LINK_PROBE_S:g} s"
         except (LinkLost, ValueError, BusError) as error:
             return (), "unreachable", str(error)
-        return tuple(map(_rank_link, probes)), "", ""
+        return tuple(map(rank_link, probes)), "", ""
 
 
-def _rank_link(probe: RankProbe) -> RankLink:
+def rank_link(probe: RankProbe) -> RankLink:
+    """As it travels."""
     report = probe.report
     return RankLink(
         from_rank=probe.from_rank,
