@@ -19,7 +19,18 @@ from hocket.cluster.settings import settings_of
 from hocket.router.config import RouterConfig
 from hocket.workers.config import WorkerConfig
 
-COMMANDS = ("", "serve", "router", "worker", "worker prefill", "worker decode", "model", "model demo", "model path")
+COMMANDS = (
+    "",
+    "serve",
+    "doctor",
+    "router",
+    "worker",
+    "worker prefill",
+    "worker decode",
+    "model",
+    "model demo",
+    "model path",
+)
 HEAVY = (
     "vllm",
     "torch",
@@ -63,6 +74,7 @@ def test_help_of_each_command_is_there_and_exits_0(command: str):
         ("worker prefill", WorkerConfig, ("role",)),
         ("worker decode", WorkerConfig, ("role",)),
         ("serve", cluster.ServeConfig, ()),
+        ("doctor", cluster.DoctorConfig, ()),
     ],
 )
 def test_help_lists_every_setting_with_its_default_and_a_sentence(
