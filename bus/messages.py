@@ -162,6 +162,7 @@ class PrefillJob(_Message, frozen=True, tag="prefill_job"):
     deadline_unix_s: float  # past it the client has gone: drop the job
     decode_ranks: Ranks = 1  # that `decode_addresses` are of, each in turn
     prefill_ranks: Ranks = 1  # what the decode worker was told; a prefill worker with others must leave the job
+    decode_block_tokens: Count = 0  # of the decode worker's card; 0: unknown
 
 
 class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):

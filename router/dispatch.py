@@ -101,6 +101,7 @@ class Dispatch:
             decode_epoch=member.card.epoch,
             decode_addresses=member.card.handoff_addresses,
             fingerprint=member.card.fingerprint,
+            decode_block_tokens=member.card.block_tokens,
             deadline_unix_s=self._wall_clock() + time_left_s,
             decode_ranks=member.card.tp_size,
             prefill_ranks=publish.prefill_ranks,

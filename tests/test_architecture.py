@@ -22,7 +22,12 @@ FLOORS: dict[str, set[str]] = {
 HOMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # vLLM itself imports the connector, and only there.
     "vllm": (("workers.engines.vllm",), ("workers.engines.vllm.connector",)),
-    "torch": (("workers.engines.vllm", "transport.gpu", "cluster.convert"), ("workers.engines.vllm.connector",)),
+    # `transport.gpu` is nothing but torch and Triton, so it is imported lazily as a whole (the test below).
+    "torch": (
+        ("workers.engines.vllm", "transport.gpu", "cluster.convert"),
+        ("workers.engines.vllm.connector", "transport.gpu"),
+    ),
+    "triton": (("transport.gpu",), ("transport.gpu",)),
     "ucxx": (("transport.links",), ()),
     "zmq": (("workers.engines.vllm",), ()),
     "transformers": (("cluster.convert",), ()),
@@ -146,6 +151,15 @@ def test_a_library_is_imported_in_its_home_only_and_lazily_where_it_is_optional(
     uses = [item for item in imports() if item.target.split(".")[0] == library and not item.is_ours]
     assert [str(item) for item in uses if not within(item.module, homes)] == []
     assert [str(item) for item in uses if not item.is_lazy and not within(item.module, at_import)] == []
+
+
+def test_what_needs_a_gpu_is_imported_by_whoever_has_one():
+    """vLLM itself imports the connector, in a process that has torch already."""
+    outside = [item for item in imports() if item.is_ours and not within(item.module, ("transport.gpu",))]
+    eager = [item for item in outside if within(item.target, ("transport.gpu",)) and not item.is_lazy]
+    assert [str(item) for item in eager if item.module != "workers.engines.vllm.connector"] == []
+    needs_gpu = [item for item in imports() if item.target.split(".")[0] == "triton"]
+    assert {item.module for item in needs_gpu} == {"transport.gpu.kernel"}
 
 
 @pytest.mark.parametrize("module", DECISIONS)

@@ -58,7 +58,7 @@ from .handoff import (
 from .handoff import LinkLost as LinkLostEvent
 from .layout import HANDOFF_PROTOCOL, KvLayout
 from .mover import tag_of
-from .movers import mover_for, sizes_for
+from .movers import CUT_BYTES, mover_for, sizes_for
 from .peers import Peers
 from .pool import HostKvPool
 from .probe import PROBE_FRAMES, ProbeReport, Probes
@@ -67,6 +67,7 @@ from .sender import Sender
 from .wire import Wire
 
 log = logging.getLogger(__name__)
+STAGING_BYTES = 32 << 20  # host memory, used only for ranks of other shapes
 
 
 @dataclass(slots=True)
@@ -115,13 +116,17 @@ class HandoffEndpoint:
         epoch: int,
         bind_host: str = "127.0.0.1",
         listens: bool = True,
+        staging_bytes: int = STAGING_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         layout = pool.layout
         if len(layout.layers) > frames.LAYERS_MAX or pool.blocks > frames.BLOCKS_MAX:
             raise ValueError(f"at most {frames.LAYERS_MAX} layers and {frames.BLOCKS_MAX} blocks")
+        if staging_bytes < 2 * CUT_BYTES:
+            raise ValueError(f"{staging_bytes} B of staging memory; two messages are {2 * CUT_BYTES} B")
         self._pool = pool
         self._bind_host = bind_host if listens else None
+        self._staging_bytes = staging_bytes
         self._clock = clock
         self._epoch = epoch
         hello = frames.Hello(
@@ -160,7 +165,7 @@ class HandoffEndpoint:
     async def start(self) -> None:
         """Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
-        self._mover = mover_for(self._pool)
+        self._mover = mover_for(self._pool, self._staging_bytes)
         self._probes = Probes(
             self._peers,
             self._mover,

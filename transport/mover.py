@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -25,7 +25,7 @@ _TRANSFER_SHIFT, _CHUNK_SHIFT = 22, 10
 class Mover(Protocol):
     """Every call on the endpoint's loop; each `done` and `on_digest` comes exactly once, also when the link is gone."""
 
-    def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         """These will be sent when their layers are computed."""
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
@@ -78,7 +78,7 @@ class DirectMover:
         self._loop = asyncio.get_running_loop()
         self._digesters = ThreadPoolExecutor(2, "kv-digest")  # Starts its threads on first use.
 
-    def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         pass
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:

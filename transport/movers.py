@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from .base import Done, HandoffKey, KvPool, Link
@@ -15,7 +15,6 @@ from .staging import HostStager, StagedMover
 from .wire import MessageSizes
 
 CUT_BYTES = 1 << 20  # copied on the loop: 0.3 to 1 ms
-CUT_STAGING_BYTES = 32 << 20
 _HOST_SIZES = MessageSizes()
 _CUT_SIZES = MessageSizes(CUT_BYTES, CUT_BYTES, CUT_BYTES)
 _DEVICE_SIZES = MessageSizes(16 << 20, 4 << 20, 16 << 20)  # NVLink wants 16 MiB a message; reference: docs/transport.md
@@ -29,21 +28,21 @@ class DevicePool(KvPool, Stager, Protocol):
 class HostMover:
     """Implements `Mover` for host memory: whole blocks directly, cuts through staging memory."""
 
-    def __init__(self, pool: HostKvPool) -> None:
+    def __init__(self, pool: HostKvPool, staging_bytes: int) -> None:
         self._direct = DirectMover(pool)
-        self._staged = StagedMover(HostStager(pool, CUT_STAGING_BYTES))
+        self._staged = StagedMover(HostStager(pool, staging_bytes))
 
     def _of(self, extents: Extents) -> Mover:
         return self._direct if extents[0].cut is None else self._staged
 
-    def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
-        pass
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        self._of(messages[0][1]).plan(link, messages)
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        pass
+        self._staged.gather_ahead(keys, layer, stream)
 
     def forget(self, key: HandoffKey) -> None:
-        pass
+        self._staged.forget(key)
 
     def send(
         self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
@@ -70,11 +69,15 @@ class HostMover:
         self._staged.close()
 
 
-def mover_for(pool: KvPool) -> Mover:
-    """On the endpoint's loop."""
+def mover_for(pool: KvPool, staging_bytes: int) -> Mover:
+    """On the endpoint's loop; a pool in device memory brings its own staging memory."""
     if isinstance(pool, HostKvPool):
-        return HostMover(pool)
+        return HostMover(pool, staging_bytes)
     assert isinstance(pool, DevicePool), f"nothing moves a {type(pool).__name__}"
+    if pool.message_bytes_max < _DEVICE_SIZES.bytes_max:
+        raise ValueError(
+            f"{pool.staging_bytes} B of staging memory are less than a message, {_DEVICE_SIZES.bytes_max} B"
+        )
     return StagedMover(pool)
 
 

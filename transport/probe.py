@@ -218,7 +218,7 @@ class _Prober:
             raise LinkLost("the link was lost at once")
         slot = self._mover.reserve(SCRATCH_BYTES, on_device=link.moves_device_memory)
         if slot is None:
-            raise HandoffRefused("no_room", "hand-offs use all staging memory")
+            raise HandoffRefused("no_room", "16 MiB of staging memory are not free")
         return _Run(link_id, link, decode_epoch, _Scratch(slot, self._free))
 
     def _free(self, slot: Slot) -> None:

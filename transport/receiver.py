@@ -112,7 +112,13 @@ class Receiver:
         good = min(expectation.end_token, *firsts)
         reception = Reception(expectation, firsts, deadline, reclaim_by=deadline, good=good)
         self._receptions[expectation.token] = reception
-        if claim := self._held.pop(expectation.token, None):
+        claim = self._held.pop(expectation.token, None)
+        if good == expectation.end_token:
+            # Nothing is wanted: whoever claims it, now or later, need not even compute the rest.
+            if claim:
+                self._out.append(SendFrame(claim.link, frames.Landed(frames.WireKey.of(claim.key))))
+            self._end(reception, is_landed=True)
+        elif claim:
             self._offer(reception, claim, now)
 
     def _firsts(self, expectation: Expectation) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -58,6 +58,7 @@ class StagedMover:
 
     def __init__(self, stager: Stager) -> None:
         self._stager = stager
+        stager.bind_thread()
         self._loop = asyncio.get_running_loop()
         self._lock = Lock()
         self._plans: dict[HandoffKey, list[_Ahead]] = {}
@@ -87,7 +88,7 @@ class StagedMover:
 
     # On the loop.
 
-    def plan(self, link: Link, messages: Iterable[tuple[MessageId, Extents, int]]) -> None:
+    def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         with self._lock:
             for message, extents, nbytes in messages:
                 last_layer = max(extent.layer for extent in extents)
@@ -200,7 +201,7 @@ class StagedMover:
     # Slots.
 
     def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
-        return self._stager.reserve(nbytes, on_device=on_device)
+        return None if nbytes > self._stager.staging_bytes else self._stager.reserve(nbytes, on_device=on_device)
 
     def release(self, slot: Slot) -> None:
         self._stager.release(slot)
@@ -289,6 +290,10 @@ class HostStager:
         self._lock = Lock()
 
     @property
+    def message_bytes_max(self) -> int:
+        return self._staging_bytes // 2
+
+    @property
     def staging_bytes(self) -> int:
         return self._staging_bytes
 
@@ -312,6 +317,9 @@ class HostStager:
         assert isinstance(slot, HostSlot)
         self._pool.unpack(extents, slot.buffer)
         return _Moved(digest_of([slot.buffer]))
+
+    def bind_thread(self) -> None:
+        pass
 
     def fence(self) -> None:
         pass

@@ -32,6 +32,12 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tp: Annotated[int, Meta(description="tensor-parallel ranks of the engine", ge=1, le=64)] = 1
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
     cpu_cores: Annotated[str, Meta(description="cores the engine computes on, like 0-3 (vllm on CPU)")] = ""
+    staging_mib: Annotated[
+        int, Meta(description="memory for KV on its way in MiB: of the GPU, and pinned where a link needs it", ge=32)
+    ] = 256
+    verify_kv: Annotated[
+        bool, Meta(description="digest KV once more from the GPU blocks it landed in, not only on its way there (vllm)")
+    ] = False
     handoff_timeout_s: Annotated[
         float, Meta(description="KV not here by then is computed by the decode worker", gt=0)
     ] = 60.0

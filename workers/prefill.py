@@ -391,6 +391,7 @@ class PrefillWorker:
             decode_addresses=job.decode_addresses,
             decode_epoch=job.decode_epoch,
             fingerprint=job.fingerprint,
+            decode_block_tokens=job.decode_block_tokens,
             timeout_s=max(0.1, min(left_s, self._handoff_timeout_s)),
             decode_ranks=job.decode_ranks,
         )

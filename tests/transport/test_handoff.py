@@ -105,6 +105,22 @@ async def test_a_prompt_that_decode_has_already_lands_without_a_byte(make_pair: 
     assert pair.ends.send_end == SendEnd(key, True, 0)
 
 
+async def test_of_a_prompt_that_decode_has_already_nothing_need_be_computed(make_pair: MakePair, scheme: str) -> None:
+    pair = await make_pair(scheme)
+    early, late = pair.key(), pair.key()
+    pair.open(early, 3)
+    await until(lambda: bool(pair.prefill.stats.links))
+    pair.expect(early, [], first_block=3)
+    pair.expect(late, [], first_block=3)
+    assert [end.is_landed for end in pair.ends.received] == [True, True]
+    pair.open(late, 3)
+    await until(lambda: len(pair.ends.sent) == 4)
+    assert {event for event in pair.ends.sent if isinstance(event, SendEnd)} == {
+        SendEnd(early, True, 0),
+        SendEnd(late, True, 0),
+    }
+
+
 async def test_many_hand_offs_share_one_link(make_pair: MakePair, scheme: str) -> None:
     pair = await make_pair(scheme, blocks=128)
     keys = [pair.key() for _ in range(16)]

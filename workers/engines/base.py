@@ -69,6 +69,7 @@ class PrefillTask:
     fingerprint: str
     timeout_s: float
     decode_ranks: int = 1  # that `decode_addresses` are of
+    decode_block_tokens: int = 0  # `EngineInfo.block_tokens` of the decode engine; 0: as here
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def batch(*events: dict[str, object]) -> bytes:
     return msgspec.msgpack.encode([1.0, list(events), 0])
 
 
-def stored(hashes: list[object], parent: object, tokens: list[int]) -> dict[str, object]:
+def stored(hashes: list[object], parent: object, tokens: list[int], group: int | None = None) -> dict[str, object]:
     return {
         "type": "BlockStored",
         "block_hashes": hashes,
@@ -27,11 +27,12 @@ def stored(hashes: list[object], parent: object, tokens: list[int]) -> dict[str,
         "block_size": BLOCK,
         "lora_id": None,
         "medium": "GPU",
+        "group_idx": group,
     }
 
 
-def removed(*hashes: object) -> dict[str, object]:
-    return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": "GPU"}
+def removed(*hashes: object, group: int | None = None) -> dict[str, object]:
+    return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": "GPU", "group_idx": group}
 
 
 def test_a_chain_that_is_stored_in_parts_has_the_hashes_of_the_whole_prompt() -> None:
@@ -66,3 +67,16 @@ def test_a_reset_cache_is_empty() -> None:
     translator.translate(0, batch(stored([91], None, PROMPT[:4])))
     assert translator.translate(1, batch({"type": "AllBlocksCleared"})) == [AllBlocksCleared()]
     assert len(translator) == 0
+
+
+def test_of_several_groups_only_the_one_with_whole_prefixes_counts() -> None:
+    translator = Translator(group=2)
+    events = translator.translate(
+        0,
+        batch(
+            stored([92], 91, PROMPT[4:8], 0), stored([91, 92], None, PROMPT[:8], 2), stored([91], None, PROMPT[:4], 1)
+        ),
+    )
+    assert events == [BlockStored(OWN[:2], None)]
+    assert translator.translate(1, batch(removed(91, 92, group=0))) == []
+    assert translator.translate(2, batch(removed(92, group=2))) == [BlockRemoved([OWN[1]])]

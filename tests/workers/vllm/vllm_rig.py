@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hocket.bus.messages import KvEvent, SamplingParams, TokenLogprob
@@ -109,9 +109,8 @@ class EnginePair:
     ) -> PrefillOutcome:
         key = HandoffKey(token, 1, 1)
         fingerprint = self.decode_info.fingerprint if fingerprint is None else fingerprint
-        return await self.prefill_engine.prefill(
-            PrefillTask("r", key, prompt, self.addresses(scheme), epoch, fingerprint, timeout_s)
-        )
+        task = PrefillTask("r", key, prompt, self.addresses(scheme), epoch, fingerprint, timeout_s)
+        return await self.prefill_engine.prefill(replace(task, decode_block_tokens=self.decode_info.block_tokens))
 
     async def hand_off(
         self, prompt: list[int], sampling: SamplingParams = GREEDY, *, scheme: str = "tcp"

@@ -9,8 +9,8 @@ this module, too, and asks the class methods; it never makes one.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -21,11 +21,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from ....transport.errors import TransportError
 from . import versions
-from .kv_tensors import ModelFacts, UnfitKv
-from .scheduler import Scheduled, SchedulerCore, StepPlan
+from .kv_tensors import KvGroupFacts, ModelFacts, UnfitKv, group_facts, kv_groups
+from .scheduler import BlockRows, Scheduled, SchedulerCore, StepPlan
 from .side_channel import ConnectorEnd, Note, TaskEnded, Unfit
 from .versions import RequestLike, Unchecked
-from .worker_side import HandoffSettings, WorkerSide
+from .worker_side import HandoffSettings, StepResults, WorkerSide
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,6 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._worker: WorkerSide | None = None
         if is_scheduler:
             self._channel = ConnectorEnd(self._extra["side_channel"], "scheduler", _ignore)
-            self._scheduler = SchedulerCore(vllm_config.cache_config.block_size)
         else:
             settings = HandoffSettings(
                 is_decode=transfer.kv_role == "kv_consumer",
@@ -64,25 +63,35 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
                 bind=self._extra["bind"],
                 worker_id=self._extra["worker_id"],
                 epoch=self._extra["epoch"],
+                staging_bytes=self._extra["staging_bytes"],
+                verifies_blocks=self._extra["verifies_blocks"],
+                reports_failed_loads=self._extra["reports_failed_loads"],
             )
             self._worker = WorkerSide(settings, self._extra["side_channel"])
             self._channel = self._worker.channel
         self._bad_blocks: set[int] = set()
-        self._check()
+        self._groups = self._check()
+        if is_scheduler:
+            self._scheduler = SchedulerCore(kv_groups(self._groups))
 
-    def _check(self) -> None:
-        groups = len(versions.kv_groups(self._groups_config))
+    def _check(self) -> tuple[KvGroupFacts, ...]:
+        """What can be known before there is a KV cache. Raises UnfitKv, after telling the front end."""
         parallel = self._config.parallel_config
-        if groups != 1:
-            self._refuse(
-                f"the model has {groups} KV groups (sliding window or state layers); only one can be handed off yet"
-            )
         if parallel.world_size != 1:
             self._refuse(f"the engine spans {parallel.world_size} devices (TP, PP); only one can hand KV off yet")
         if self._config.speculative_config is not None:
             self._refuse("speculative decoding keeps KV of its own, which cannot be handed off yet")
+        groups = versions.kv_groups(self._groups_config)
+        if len(versions.transfer_group_ids(self._groups_config)) != len(groups):
+            self._refuse(
+                "some of the model's KV groups are not meant to leave the engine, which cannot be handed off yet"
+            )
+        try:
+            return group_facts(groups)
+        except UnfitKv as error:
+            self._refuse(str(error))
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         self._channel.send(Unfit(why))
         raise UnfitKv(why)
 
@@ -106,7 +115,7 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             _params(request),
             prompt_tokens=request.num_prompt_tokens,
             external_tokens=num_external_tokens,
-            block_ids=blocks.get_block_ids()[0],
+            block_ids=blocks.get_block_ids(),
         )
 
     def get_loaded_kv_cache_group_ids(self, request: RequestLike) -> tuple[int, ...]:
@@ -143,9 +152,12 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             model=self._extra["model"],
             revision=self._extra["revision"],
             dtype=str(config.model_config.dtype).removeprefix("torch."),
-            block_tokens=config.cache_config.block_size,
+            groups=self._groups,
             engine=versions.installed()[1],
             backends=versions.backend_names(config, kv_caches),
+            kv_heads=config.model_config.get_total_num_kv_heads(),
+            tp_size=config.parallel_config.tensor_parallel_size,
+            tp_rank=config.parallel_config.rank % config.parallel_config.tensor_parallel_size,
         )
         try:
             self._worker.register(kv_caches, facts)
@@ -179,15 +191,19 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._worker.all_saved()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        results = self._step_results(finished_req_ids)
+        return results.sent or None, results.received or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Unchecked:
+        results = self._step_results(finished_req_ids)
+        return versions.transfer_results(results.sent, results.received, results.failed)
+
+    def _step_results(self, finished_req_ids: set[str]) -> StepResults:
         assert self._worker
         results = self._worker.results(finished_req_ids)
         # Handed out by the next call, in the same step: a request must not be released before its errors are known.
         self._bad_blocks = results.bad_blocks
-        return results.sent or None, results.received or None
-
-    def get_transfer_results(self, finished_req_ids: set[str]) -> Unchecked:
-        sent, received = self.get_finished(finished_req_ids)
-        return versions.transfer_results(sent or set(), received or set())
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         bad_blocks, self._bad_blocks = self._bad_blocks, set()
@@ -208,16 +224,19 @@ def _scheduled(output: Unchecked) -> list[Scheduled]:
     """The step's requests; a request that was preempted and comes back has all of its blocks new."""
     tokens = output.num_scheduled_tokens
     parts = [
-        Scheduled(new.req_id, tuple(new.block_ids[0]), True, new.num_computed_tokens, tokens[new.req_id])
+        Scheduled(new.req_id, _rows(new.block_ids), True, new.num_computed_tokens, tokens[new.req_id])
         for new in output.scheduled_new_reqs
     ]
     cached = output.scheduled_cached_reqs
     rows = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
     for request_id, block_ids, computed_tokens in rows:
-        new_blocks = tuple(block_ids[0]) if block_ids else ()
         is_fresh = request_id in cached.resumed_req_ids
-        parts.append(Scheduled(request_id, new_blocks, is_fresh, computed_tokens, tokens[request_id]))
+        parts.append(Scheduled(request_id, _rows(block_ids), is_fresh, computed_tokens, tokens[request_id]))
     return parts
+
+
+def _rows(block_ids: Sequence[Sequence[int]] | None) -> BlockRows:
+    return tuple(tuple(row) for row in block_ids or ())
 
 
 def _ignore(note: Note) -> None:

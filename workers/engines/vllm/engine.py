@@ -10,9 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import TypeVar
 
 from ....bus.messages import FINISH_NONE, KvEvent
 from ....transport.base import HandoffKey
+from ....transport.layout import KvLayout
+from ....transport.ranks import RankProbe
 from ...config import WorkerConfig
 from ..base import (
     BadTask,
@@ -34,12 +35,15 @@ from ..base import (
     StepOutput,
 )
 from . import reaper, versions
-from .engine_args import Identity, engine_args, environment, environment_set
+from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set
 from .kv_events import Subscription
+from .kv_groups import KvGroups
+from .link_probes import ProbeQuestions
 from .scheduler import Open, decode_params, prefill_params
-from .side_channel import AbortSend, FrontEnd, Note, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
+from .side_channel import AbortSend, FrontEnd, Note, ProbeEnded, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
 from .translate import decode_sampling, prefill_sampling, step_output
 from .versions import Unchecked
+from .waits import cancelled, fail, on_daemon_thread, resolve, set_within
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,10 +77,11 @@ class _Ends:
 class VllmEngine:
     """Implements `engines.base.Engine`."""
 
-    def __init__(self, config: WorkerConfig, *, worker_id: str, epoch: int) -> None:
+    def __init__(self, config: WorkerConfig, *, worker_id: str, epoch: int, reports_failed_loads: bool = True) -> None:
+        """`reports_failed_loads`: False does without telling vLLM of KV that was lost, as a version must that cannot be told."""
         self._config = config
         self._folder = Path(tempfile.mkdtemp(prefix="hocket-vllm-"))  # mode 0700: nobody else may connect
-        self._identity = Identity(worker_id, epoch, self._folder)
+        self._identity = Identity(worker_id, epoch, self._folder, reports_failed_loads)
         self._channel = FrontEnd(self._on_note, self._on_channel_lost)
         self._llm: Unchecked = None
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -84,8 +89,11 @@ class VllmEngine:
         self._unfit = ""
         self._dead: asyncio.Future[EngineDead] | None = None
         self._info: EngineInfo | None = None
+        self._layout: KvLayout | None = None
+        self._reports_failed_loads = True
         self._stats = _Stats()
         self._ends = _Ends()
+        self._probes = ProbeQuestions(self._channel.send)
         self._numbers = itertools.count(1)
         self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
         self._tasks: set[asyncio.Task[object]] = set()
@@ -110,8 +118,8 @@ class VllmEngine:
         await self._build_reporting(started_s)
         async with asyncio.timeout(READY_TIMEOUT_S):
             ready = await self._ready
-        self._own(self._follow_kv_events())
         self._info = self._describe(ready, f"{package} {number} {ready.layout.dtype}")
+        self._own(self._follow_kv_events())
         log.info("engine is up after %.0f s: %s", time.monotonic() - started_s, self._info.description)
         return self._info
 
@@ -167,9 +175,11 @@ class VllmEngine:
 
     def _describe(self, ready: Ready, description: str) -> EngineInfo:
         config = self._llm.vllm_config
+        self._layout = ready.layout
+        self._reports_failed_loads = config.kv_transfer_config.kv_connector_extra_config[REPORTS_FAILED_LOADS]
         return EngineInfo(
             fingerprint=ready.layout.fingerprint(),
-            block_tokens=ready.layout.block_tokens,
+            block_tokens=self._groups.step_tokens,
             kv_blocks=ready.blocks - 1,  # vLLM keeps block 0 for itself.
             slots=self._config.slots,
             max_model_len=config.model_config.max_model_len,
@@ -195,13 +205,13 @@ class VllmEngine:
         """vLLM's own way out, but not to its end: its processes take 6 s to free what their end frees anyway."""
         if llm.output_handler:
             llm.output_handler.cancel()  # Else it logs an error when its engine goes.
-        is_down = _on_daemon_thread(lambda: llm.shutdown(timeout=SIGTERM_GRACE_S + REAP_S))
-        await _set_within(is_down, SIGTERM_GRACE_S)
+        is_down = on_daemon_thread(lambda: llm.shutdown(timeout=SIGTERM_GRACE_S + REAP_S))
+        await set_within(is_down, SIGTERM_GRACE_S)
         await self._reap()
-        if not await _set_within(is_down, SHUTDOWN_S):
+        if not await set_within(is_down, SHUTDOWN_S):
             log.warning("vllm's own shutdown hangs")
             return
-        await _set_within(_on_daemon_thread(lambda: versions.close_context(llm)), SHUTDOWN_S)
+        await set_within(on_daemon_thread(lambda: versions.close_context(llm)), SHUTDOWN_S)
 
     async def _reap(self) -> None:
         """Kill what is left of the engine's processes."""
@@ -232,12 +242,14 @@ class VllmEngine:
             case Unfit():
                 self._unfit = note.why
             case TaskEnded():
-                _resolve(self._ends.tasks.pop(note.task, None), None)
+                resolve(self._ends.tasks.pop(note.task, None), None)
             case SendEnded():
-                _resolve(self._ends.sends.pop(note.key, None), note)
+                resolve(self._ends.sends.pop(note.key, None), note)
             case ReceiveEnded():
                 self._received[note.reason or "landed"] = self._received.get(note.reason or "landed", 0) + 1
-                _resolve(self._ends.receives.pop(note.token, None), note)
+                resolve(self._ends.receives.pop(note.token, None), note)
+            case ProbeEnded():
+                self._probes.on_ended(note)
 
     def _on_channel_lost(self, side: str) -> None:
         self._die(EngineDead(f"vllm's {side} process ended"))
@@ -249,8 +261,9 @@ class VllmEngine:
         self._dead.set_result(error)
         if self._llm is not None:
             versions.end_all_requests(self._llm)
-        _fail(self._ends.tasks.values(), error)
-        _fail(self._ends.sends.values(), error)
+        fail(self._ends.tasks.values(), error)
+        fail(self._ends.sends.values(), error)
+        self._probes.fail(str(error))
 
     async def failed(self) -> EngineDead:
         """Waits until the engine cannot go on and returns why."""
@@ -258,7 +271,7 @@ class VllmEngine:
         return await asyncio.shield(self._dead)
 
     async def _follow_kv_events(self) -> None:
-        subscription = Subscription(self._identity.kv_events)
+        subscription = Subscription(self._identity.kv_events, self._groups.told_group)
         try:
             await subscription.run(self._hand_out)
         finally:
@@ -277,14 +290,28 @@ class VllmEngine:
         blocks = self._info.kv_blocks if self._info else 0
         return EngineLoad(self._stats.running, self._stats.waiting, round(blocks * (1.0 - self._stats.kv_usage)))
 
+    async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
+        """For `hocket doctor`. Raises LinkLost, HandoffRefused."""
+        return await self._probes.ask(addresses, decode_epoch, decode_ranks)
+
     async def clear_prefix_cache(self) -> bool:
         """Forget every cached block, for tests and benchmarks; False while a request holds blocks."""
         return bool(await self._llm.reset_prefix_cache())
 
     @property
+    def _groups(self) -> KvGroups:
+        return KvGroups.of(self.layout)
+
+    @property
     def mark(self) -> str:
         """NAME=value in the environment of each of its processes."""
         return self._identity.mark
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of the KV of this engine, once it has started."""
+        assert self._layout is not None, "start first"
+        return self._layout
 
     @property
     def received(self) -> dict[str, int]:
@@ -298,6 +325,11 @@ class VllmEngine:
         self._check(task.token_ids)
         if task.key in self._ends.sends:
             raise EngineError("this hand-off runs already")
+        # What decode computes itself in any case is left out: a step for it would only let blocks go that are wanted.
+        token_ids = task.token_ids[: self._groups.wanted_tokens(len(task.token_ids), task.decode_block_tokens)]
+        if not token_ids:
+            return PrefillOutcome(0, 0, 0)  # Decode waits for nothing.
+        task = replace(task, token_ids=token_ids)
         number = next(self._numbers)
         ended = self._ends.sends[task.key] = asyncio.get_running_loop().create_future()
         compute = asyncio.create_task(self._compute(task, number), name="prefill")
@@ -316,7 +348,7 @@ class VllmEngine:
             if self._ends.sends.pop(task.key, None):
                 self._channel.send(AbortSend(task.key, "cancelled"))
             if not is_over:
-                await _cancelled(compute)
+                await cancelled(compute)
                 await self._wait_end(number)
         if not end.is_landed:
             raise HandoffFailed(end.reason)
@@ -325,7 +357,8 @@ class VllmEngine:
     async def _compute(self, task: PrefillTask, number: int) -> int:
         """Returns how many prompt tokens this engine had in its cache."""
         deadline_s = time.monotonic() + task.timeout_s
-        order = Open("", task.key, task.decode_addresses, task.decode_epoch, task.fingerprint, 0, deadline_s)
+        to = (task.decode_addresses, task.decode_epoch, task.fingerprint)
+        order = Open("", task.key, *to, 0, deadline_s, task.decode_block_tokens)
         cached_tokens = 0
 
         def on_output(output: Unchecked) -> None:
@@ -362,12 +395,32 @@ class VllmEngine:
                 step = self._with_prompt_counts(step, len(task.token_ids), end, output.num_cached_tokens or 0)
             on_step(step)
 
+        name = f"{task.request_id}-{task.attempt}"
+        run = self._generate(f"{name}-{number}", number, (task.token_ids, params), on_output)
         try:
-            request_id = f"{task.request_id}-{task.attempt}-{number}"
-            await self._generate(request_id, number, (task.token_ids, params), on_output)
+            if self._reports_failed_loads or token is None:
+                await run
+            elif not await self._unless_lost(run, landing):
+                number = next(self._numbers)
+                params = decode_sampling(task.sampling, decode_params(number, None, task.attempt, deadline_s))
+                await self._generate(f"{name}-{number}", number, (task.token_ids, params), on_output)
         finally:
             if token is not None:
                 self._ends.receives.pop(token, None)
+
+    async def _unless_lost(self, run: Coroutine[object, object, None], landing: asyncio.Future[ReceiveEnded]) -> bool:
+        """Run to the end, or until the KV of the request is lost; vLLM 0.26 cannot be told so and must forget the request."""
+        task = asyncio.create_task(run, name="decode")
+        try:
+            ends: tuple[asyncio.Future[None] | asyncio.Future[ReceiveEnded], ...] = (task, landing)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if landing.done() and not landing.result().is_landed and not self._groups.is_plain:
+                return False
+            await task
+            return True
+        finally:
+            if not task.done():
+                await cancelled(task)
 
     def _with_prompt_counts(
         self, step: StepOutput, prompt_tokens: int, end: ReceiveEnded | None, cached_tokens: int
@@ -375,11 +428,9 @@ class VllmEngine:
         """vLLM counts what came from a peer as cached, and does not take back what did not arrive."""
         if end is None:
             return replace(step, computed_tokens=prompt_tokens - cached_tokens, cached_tokens=cached_tokens)
-        assert self._info
-        block_tokens = self._info.block_tokens
-        valid_tokens = prompt_tokens if end.is_landed else (end.first_block + end.good_blocks) * block_tokens
-        computed_tokens = max(1, prompt_tokens - valid_tokens)  # The last one runs again to make the first token.
-        return replace(step, computed_tokens=computed_tokens, cached_tokens=end.first_block * block_tokens)
+        # The last one runs again to make the first token.
+        computed_tokens = max(1, prompt_tokens - end.valid_token)
+        return replace(step, computed_tokens=computed_tokens, cached_tokens=end.first_token)
 
     def _check(self, token_ids: list[int]) -> None:
         if self._dead is None or self._info is None:
@@ -439,45 +490,3 @@ class VllmEngine:
             pass  # Its blocks are gone with it.
         finally:
             self._ends.tasks.pop(number, None)
-
-
-def _on_daemon_thread(call: Callable[[], None]) -> asyncio.Event:
-    """For calls of vLLM that hang at times: nobody has to wait for the thread, not even the interpreter's exit."""
-    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
-
-    def run() -> None:
-        try:
-            call()
-        finally:
-            with contextlib.suppress(RuntimeError):  # The loop may have been closed since.
-                loop.call_soon_threadsafe(is_done.set)
-
-    threading.Thread(target=run, name="vllm-shutdown", daemon=True).start()
-    return is_done
-
-
-async def _set_within(event: asyncio.Event, timeout_s: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    return event.is_set()
-
-
-async def _cancelled(task: asyncio.Task[int]) -> None:
-    """Cancel and wait; how it ended is known already."""
-    task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()  # Retrieved, so that nobody logs it as lost.
-
-
-def _resolve(future: asyncio.Future[T] | None, result: T) -> None:
-    if future and not future.done():
-        future.set_result(result)
-
-
-def _fail(futures: Iterable[asyncio.Future[T]], error: Exception) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_exception(error)
-            future.exception()  # Retrieved, so that one that nobody waits for is not logged as lost.

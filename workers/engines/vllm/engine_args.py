@@ -12,10 +12,12 @@ from threading import Lock
 import xxhash
 
 from ...config import WorkerConfig
+from . import versions
 from .versions import Unchecked
 
 CONNECTOR_MODULE = "hocket.workers.engines.vllm.connector"
 MARK_NAME = "HOCKET_ENGINE"
+REPORTS_FAILED_LOADS = "reports_failed_loads"
 _SAMPLE_BYTES = 1 << 16
 _environment_lock = Lock()
 
@@ -27,6 +29,7 @@ class Identity:
     worker_id: str
     epoch: int
     folder: Path
+    reports_failed_loads: bool = True
 
     @property
     def side_channel(self) -> str:
@@ -92,7 +95,9 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
         arguments["kv_cache_memory_bytes"] = int(config.kv_gib * (1 << 30))
     if is_prefill:
         arguments |= {"enable_chunked_prefill": True, "max_num_batched_tokens": max(config.chunk_tokens, config.slots)}
-    elif is_cpu:
+    else:
+        arguments |= versions.dense_prefix_cache()  # Else the KV that a hand-off brought is never found again.
+    if is_cpu and not is_prefill:
         # A seeded request whose prompt is computed in chunks ends a CPU engine ("CPU Generator does not use offset").
         # Without a limit given, vLLM's own budget for a step is then a whole prompt of the model's length.
         arguments["enable_chunked_prefill"] = False
@@ -128,6 +133,9 @@ def _kv_transfer(config: WorkerConfig, identity: Identity, model: str, revision:
             "epoch": identity.epoch,
             "model": model,
             "revision": revision,
+            "staging_bytes": config.staging_mib << 20,
+            "verifies_blocks": config.verify_kv,
+            REPORTS_FAILED_LOADS: identity.reports_failed_loads and versions.can_report_failed_loads(),
         },
     )
 

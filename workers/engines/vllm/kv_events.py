@@ -1,4 +1,9 @@
-"""vLLM's KV events, in Hocket's own block hashes."""
+"""vLLM's KV events, in Hocket's own block hashes.
+
+A model with several KV groups tells of each group's blocks, under the same hashes. Only one group's count here, that of
+full attention: it keeps whole prefixes, while a window's blocks come and go behind it. A prefix that is told is therefore an
+upper bound of the hit: the engine also needs the window before its end, which may have been taken back.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +29,12 @@ class _Stored(_Event, tag="BlockStored"):
     parent_block_hash: EngineHash | None
     token_ids: list[int]
     block_size: int
+    group_idx: int | None = None
 
 
 class _Removed(_Event, tag="BlockRemoved"):
     block_hashes: list[EngineHash]
+    group_idx: int | None = None
 
 
 class _Cleared(_Event, tag="AllBlocksCleared"):
@@ -45,7 +52,8 @@ _decoder: msgspec.msgpack.Decoder[_Batch] = msgspec.msgpack.Decoder(_Batch)
 class Translator:
     """Keeps which engine hash is which of ours: as many as the engine has blocks, for it says when one leaves."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
+        self._group = group  # the one that counts
         self._own: dict[EngineHash, int] = {}
         self._next_seq = 0
 
@@ -66,6 +74,8 @@ class Translator:
 
     def _event(self, event: _Stored | _Removed | _Cleared) -> Sequence[KvEvent]:
         match event:
+            case _Stored() | _Removed() if event.group_idx not in (None, self._group):
+                return []
             case _Stored():
                 return self._stored(event)
             case _Removed():
@@ -89,10 +99,11 @@ class Translator:
 class Subscription:
     """vLLM's event publisher in another process, over its ipc socket."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, group: int) -> None:
         from zmq.asyncio import Context  # vLLM brings it.
         from zmq.constants import SocketOption, SocketType
 
+        self._translator = Translator(group)
         self._context: Unchecked = Context()
         self._socket: Unchecked = self._context.socket(SocketType.SUB)
         self._socket.setsockopt(SocketOption.SUBSCRIBE, b"")
@@ -102,10 +113,9 @@ class Subscription:
 
     async def run(self, handle: Callable[[list[KvEvent]], None]) -> None:
         """Give every batch to `handle`, until cancelled."""
-        translator = Translator()
         while True:
             _, seq, payload = await self._socket.recv_multipart()
-            events = translator.translate(int.from_bytes(seq, "big"), payload)
+            events = self._translator.translate(int.from_bytes(seq, "big"), payload)
             if events:
                 handle(events)
 

@@ -42,8 +42,8 @@ def is_supported(number: str) -> bool:
 
 
 def kv_groups(kv_cache_config: Unchecked) -> Sequence[Unchecked]:
-    """The KV groups that travel; 0.26 knows only all of them."""
-    groups: Sequence[Unchecked] = getattr(kv_cache_config, "transfer_groups", None) or kv_cache_config.kv_cache_groups
+    """All KV groups (`KVCacheGroupSpec`)."""
+    groups: Sequence[Unchecked] = kv_cache_config.kv_cache_groups
     return groups
 
 
@@ -62,11 +62,30 @@ def peer_hit_source() -> Unchecked:
     return CacheHitSource.P2P
 
 
-def transfer_results(sent: set[str], received: set[str]) -> Unchecked:
-    """The answer of `get_transfer_results`, which 0.26 does not have and does not ask for."""
+def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Unchecked:
+    """The answer of `get_transfer_results`, which 0.26 does not have and does not ask for; who failed was received as well."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-    return KVConnectorTransferResults(finished_sending=sent, finished_recving=received)
+    return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
+
+
+def can_report_failed_loads() -> bool:
+    """Whether a load can be reported as failed where blocks do not tell: with several KV groups, with windows (0.32)."""
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+    except ImportError:
+        return False
+    return hasattr(KVConnectorTransferResults(), "failed_recving")
+
+
+def dense_prefix_cache() -> dict[str, Unchecked]:
+    """The engine argument that keeps a window's blocks along the whole prompt, not only at its end; 0.26 always does."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    name = "prefix_cache_retention_interval"
+    return {name: None} if name in {field.name for field in fields(EngineArgs)} else {}
 
 
 def waiting_requests(stats: Unchecked) -> int:
@@ -103,3 +122,10 @@ def backend_names(vllm_config: Unchecked, layer_names: Iterable[str]) -> str:
         find: Callable[[], Unchecked] | None = getattr(layers.get(layer_name), "get_attn_backend", None)
         names.add(find().get_name() if find else "?")
     return ",".join(sorted(names))
+
+
+def current_stream() -> Unchecked:
+    """The CUDA stream that this thread's kernels are enqueued on."""
+    import torch
+
+    return torch.cuda.current_stream()

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, ParamSpec
 from ....transport.base import Expectation, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
+from ....transport.movers import DevicePool
 from ....transport.registry import open_transports
 from ....transport.thread import EndpointThread
+from . import versions
+from .kv_groups import KvGroups
 from .kv_tensors import ModelFacts, pool_of
+from .link_probes import ProbeAnswers
 from .scheduler import Open, Push, Receive, StepPlan
-from .side_channel import AbortSend, ConnectorEnd, Note, Ready, ReceiveEnded, SendEnded
+from .side_channel import AbortSend, ConnectorEnd, Note, ProbeAsked, Ready, ReceiveEnded, SendEnded
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +44,9 @@ class HandoffSettings:
     bind: str
     worker_id: str
     epoch: int
+    staging_bytes: int  # GPU memory for KV on its way, and as much pinned memory where a link needs that
+    verifies_blocks: bool  # reads KV back from GPU memory before it counts as landed
+    reports_failed_loads: bool  # else the front end ends a request whose KV is lost, and only then it is reported
 
 
 @dataclass(slots=True)
@@ -48,6 +55,7 @@ class StepResults:
 
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)  # of `received`: nothing of their load can be used
     bad_blocks: set[int] = field(default_factory=set)
 
 
@@ -57,8 +65,11 @@ class WorkerSide:
     def __init__(self, settings: HandoffSettings, channel: str) -> None:
         self._settings = settings
         self._thread: EndpointThread | None = None
+        self._probes: ProbeAnswers | None = None
         self._channel = ConnectorEnd(channel, "worker", self._on_note)
         self._layer_index: dict[str, int] = {}
+        self._groups: KvGroups | None = None  # after `register`
+        self._device_pool: DevicePool | None = None
         self._pushed_keys: list[HandoffKey] = []  # of this step
         self._layers_done: set[int] = set()  # in this step
         self._senders: set[str] = set()  # opened and not yet reported
@@ -67,6 +78,8 @@ class WorkerSide:
         self._released: set[str] = set()
         self._release_of: dict[HandoffKey, threading.Event] = {}
         self._results = StepResults()
+        self._receiving: dict[bytes, bool] = {}  # token -> was cancelled
+        self._unreported: dict[bytes, str] = {}  # failed loads that wait for their request's end: token -> request
 
     @property
     def channel(self) -> ConnectorEnd:
@@ -74,8 +87,15 @@ class WorkerSide:
 
     def register(self, tensors: Mapping[str, torch.Tensor], facts: ModelFacts) -> None:
         """The KV cache exists: start the endpoint over it. Raises UnfitKv, TransportError, ValueError."""
-        pool = pool_of(tensors, facts)
-        self._layer_index = {name: index for index, name in enumerate(pool.layout.layer_names)}
+        pool = pool_of(
+            tensors,
+            facts,
+            staging_bytes=self._settings.staging_bytes,
+            verifies_blocks=self._settings.verifies_blocks,
+        )
+        self._device_pool = pool if isinstance(pool, DevicePool) else None
+        self._layer_index = {layer.name: index for index, layer in enumerate(pool.layout.layers)}
+        self._groups = KvGroups.of(pool.layout)
         settings = self._settings
 
         def make() -> HandoffEndpoint:
@@ -91,6 +111,7 @@ class WorkerSide:
         thread = EndpointThread(make)
         addresses = thread.start()
         self._thread = thread
+        self._probes = ProbeAnswers(thread.endpoint, self._channel.send)
         self._channel.send(Ready(addresses, pool.layout, pool.blocks))
 
     # The hooks of a step, in their order.
@@ -108,10 +129,11 @@ class WorkerSide:
 
     def begin(self, plan: StepPlan) -> None:
         """Before the forward pass."""
+        self.preempted(plan)  # vLLM 0.26 calls that hook only when it preempted a request itself.
         for receive in plan.receives:
             self._expect(receive)
         for token in plan.cancels:
-            self._call(self._endpoint.cancel, token)
+            self._cancel(token)
         for order in plan.opens:
             self._open(order)
         for key, reason in plan.aborts:
@@ -155,6 +177,11 @@ class WorkerSide:
     # From the hooks to the endpoint's thread.
 
     @property
+    def _kv_groups(self) -> KvGroups:
+        assert self._groups is not None, "hooks come after register"
+        return self._groups
+
+    @property
     def _endpoint(self) -> HandoffEndpoint:
         assert self._thread is not None, "hooks come after register"
         return self._thread.endpoint
@@ -167,24 +194,40 @@ class WorkerSide:
         if index in self._layers_done:
             return
         self._layers_done.add(index)
+        if self._device_pool is not None:
+            # The layer's kernels are enqueued, not done: what is gathered here, on their stream, comes after them.
+            self._endpoint.gather_ahead(self._pushed_keys, index, versions.current_stream())
+            self._device_pool.fence()
         self._call(_tell_ready, self._endpoint, self._pushed_keys, index)
 
     def _expect(self, receive: Receive) -> None:
         timeout_s = max(TIMEOUT_MIN_S, receive.deadline_s - time.monotonic())
-        expectation = Expectation(receive.token, receive.attempt, receive.first_block, receive.block_ids, timeout_s)
+        expectation = Expectation(receive.token, receive.attempt, receive.groups, receive.end_token, timeout_s)
 
         def expect() -> None:
             try:
                 self._endpoint.expect(expectation, lambda end: self._on_receive_end(receive, end))
             except (ValueError, IndexError, TransportError) as error:
                 log.warning("cannot expect a hand-off: %s", error)
-                self._on_receive_end(receive, ReceiveEnd(receive.token, False, 0, 0, "refused"))
+                self._on_receive_end(receive, ReceiveEnd(receive.token, False, receive.first_token, 0, "refused"))
 
+        with self._lock:
+            self._receiving[receive.token] = False
         self._call(expect)
+
+    def _cancel(self, token: bytes) -> None:
+        with self._lock:
+            request_id = self._unreported.pop(token, None)
+            if request_id is not None:
+                self._results.received.add(request_id)
+                return
+            if token in self._receiving:
+                self._receiving[token] = True
+        self._call(self._endpoint.cancel, token)
 
     def _open(self, order: Open) -> None:
         timeout_s = max(TIMEOUT_MIN_S, order.deadline_s - time.monotonic())
-        send = SendOrder(order.key, order.addresses, order.decode_epoch, order.fingerprint, order.blocks, timeout_s)
+        send = SendOrder(order.key, order.addresses, order.decode_epoch, order.fingerprint, order.tokens, timeout_s)
         self._senders.add(order.request_id)
         with self._lock:
             self._release_of[order.key] = threading.Event()
@@ -202,14 +245,38 @@ class WorkerSide:
     # On the endpoint's thread.
 
     def _on_receive_end(self, receive: Receive, end: ReceiveEnd) -> None:
-        # The front end first: it must know before the request's first token can reach it.
-        self._channel.send(
-            ReceiveEnded(end.token, end.is_landed, receive.first_block, end.good_blocks, end.kv_bytes, end.reason)
-        )
+        valid_token = self._valid_token(receive, end)
+        if receive.is_waiting:
+            # The front end first: it must know before the request's first token can reach it.
+            self._channel.send(
+                ReceiveEnded(end.token, end.is_landed, receive.first_token, valid_token, end.kv_bytes, end.reason)
+            )
+        groups = self._kv_groups
         with self._lock:
+            is_cancelled = self._receiving.pop(receive.token, False)
+            if not receive.is_waiting:
+                return
+            is_lost = not end.is_landed and not groups.is_plain
+            if is_lost and not is_cancelled and not self._settings.reports_failed_loads:
+                self._unreported[receive.token] = receive.request_id
+                return
             self._results.received.add(receive.request_id)
-            if not end.is_landed:
-                self._results.bad_blocks.update(receive.block_ids[end.good_blocks :])
+            if is_lost:
+                self._results.failed.add(receive.request_id)
+            elif not end.is_landed:
+                first_block, block_ids = receive.groups[0]
+                self._results.bad_blocks.update(block_ids[valid_token // groups.block_tokens[0] - first_block :])
+
+    def _valid_token(self, receive: Receive, end: ReceiveEnd) -> int:
+        """From where on the prompt is computed here."""
+        if end.is_landed:
+            return receive.end_token
+        if not self._kv_groups.is_plain:
+            return (
+                receive.first_token
+            )  # The blocks were reserved for the token after the load: no shorter one can use them.
+        block_tokens = self._kv_groups.block_tokens[0]
+        return max(receive.first_token, end.good_token // block_tokens * block_tokens)
 
     def _on_send_event(self, order: Open, event: SendReleased | SendEnd) -> None:
         if isinstance(event, SendEnd):
@@ -223,8 +290,12 @@ class WorkerSide:
     # On the side channel's thread.
 
     def _on_note(self, note: Note) -> None:
-        if isinstance(note, AbortSend) and self._thread:
+        if self._thread is None:
+            return
+        if isinstance(note, AbortSend):
             self._call(self._endpoint.abort, note.key, note.reason)
+        elif isinstance(note, ProbeAsked) and self._probes:
+            self._call(self._probes.start, note)
 
 
 def _tell_ready(endpoint: HandoffEndpoint, keys: list[HandoffKey], layer: int) -> None:
