@@ -58,9 +58,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which pool `hocket doctor` examines."""
 
-    nats: Annotated[str, Meta(description="URL of the pool's NATS server, credentials included")] = (
-        "nats://127.0.0.1:4222"
-    )
+    nats: Annotated[
+        str,
+        Meta(
+            description="URL of the pool's NATS server, credentials included; "
+            "default: that of a hocket serve of this pool here, else nats://127.0.0.1:4222"
+        ),
+    ] = ""
     pool: Annotated[str, Meta(description="pool whose links are measured")] = "main"
 
 
@@ -217,3 +221,8 @@ def state_folder(config: ServeConfig) -> Path:
         return Path(config.state_dir).expanduser().resolve()
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "hocket" / config.pool
+
+
+def server_url_file(folder: Path) -> Path:
+    """Where `serve` leaves the URL of the NATS server it started, for its user alone: it holds the password."""
+    return folder / "nats-url"

@@ -102,3 +102,30 @@ def test_wrong_use_is_2_and_no_server_is_1() -> None:
     assert done.returncode == 1
     assert "cannot reach NATS" in done.stderr
     assert "CANARY" not in done.stdout + done.stderr
+
+
+def test_the_pool_of_a_serve_is_found_without_a_url(demo_model: Path, tmp_path: Path) -> None:
+    state = {"XDG_STATE_HOME": str(tmp_path)}
+    arguments = ["serve", "--engine", "sim", "--model", str(demo_model), "--port", "0", "--pool", "doctored"]
+    serve = subprocess.Popen(
+        [sys.executable, "-m", "hocket.cluster.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **state},
+    )
+    file = tmp_path / "hocket" / "doctored" / "nats-url"
+    try:
+        assert serve.stdout is not None
+        for line in serve.stdout:
+            if "curl" in line:
+                break
+        assert file.stat().st_mode & 0o777 == 0o600
+        done = doctor("--pool", "doctored", **state)
+        assert "prefill-0" in done.stdout, done.stderr
+        assert "decode-0" in done.stdout
+        assert file.read_text().partition("@")[0].rpartition(":")[2] not in done.stdout + done.stderr
+    finally:
+        serve.terminate()
+        serve.communicate(timeout=30)
+    assert not file.exists()
