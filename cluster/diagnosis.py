@@ -9,8 +9,8 @@ import msgspec
 
 from ..bus.messages import HostFacts, RankLink
 
-NVLINK_GB_PER_S = 394.0  # copy between two H200 over NV18, 1 GiB (measured; docs/benchmarks.md)
-PINNED_GB_PER_S = 55.0  # H200 to pinned host memory over PCIe 5, 1 GiB (measured; docs/benchmarks.md)
+NVLINK_GB_PER_S = 394.0  # copy between two H200 over NV18, 1 GiB, torch copy_
+PINNED_GB_PER_S = 55.0  # H200 to pinned host memory over PCIe 5, 1 GiB, torch copy_
 SLOW_SHARE = 0.15  # of what the hardware gives. Shared memory copies twice and two processes share its bandwidth.
 SLOW_TCP_SHARE = 0.04  # the same over TCP, through the kernel
 SLOW_LINE_SHARE = 0.5  # of a network's line rate

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import msgspec.inspect
 import pytest
 
 from hocket.cluster import cli
@@ -82,7 +83,8 @@ def test_help_lists_every_setting_with_its_default_and_a_sentence(
 ):
     text = re.sub(r"\s+", " ", hocket(*command.split(), "--help").stdout)
     for setting in settings_of(struct, leave_out=absent):
-        assert f"{setting.flag} {setting.metavar}" in text
+        is_switch = isinstance(setting.shape, msgspec.inspect.BoolType)
+        assert (f"--no-{setting.flag[2:]}" if is_switch else f"{setting.flag} {setting.metavar}") in text
         assert setting.description
         assert setting.description in text
 
