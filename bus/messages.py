@@ -313,6 +313,78 @@ class KvSnapshot(_Message, frozen=True, tag="kv_snapshot"):
     is_complete: bool = True  # False: cut at the size limit
 
 
+# ---- hocket doctor
+
+
+class DescribeHost(_Message, frozen=True, tag="describe_host"):
+    """Doctor to worker (request/reply, answered with HostReport): what does your machine look like from inside?"""
+
+
+class HostFacts(_Message, frozen=True):
+    """What decides how two processes can talk, as one of them sees it. None or empty: not known."""
+
+    host_id: str = ""  # of the running kernel; equal on one machine, in every container
+    ipc_namespace: str = ""  # shared memory and CUDA IPC need the same one
+    pid_namespace: str = ""
+    user_id: int = 0
+    copy_gb_per_s: float = 0.0  # one memory copy, 32 MiB
+    shm_free_bytes: int | None = None  # of /dev/shm
+    memlock_bytes: int | None = None  # what may be pinned; None: no limit
+    ptrace_scope: int = 0  # above 0 CMA (reading another process's memory) is forbidden
+    network_mbit_per_s: dict[str, int] = {}  # line rate by interface, of those that are up and say one
+    rdma_devices: tuple[str, ...] = ()
+    cuda_devices: int = 0
+    transports: str = ""  # as configured: "ucx,tcp"
+    ucxx: str = ""  # version of the Python package; "": not installed
+    ucx_parts: tuple[str, ...] = ()  # of the libucx that would load: "ib", "cuda", "cma"
+    settings: dict[str, str] = {}  # variables that change how UCX or CUDA memory behaves, where set
+
+
+class HostReport(_Message, frozen=True, tag="host_report"):
+    """Worker to doctor."""
+
+    worker_id: WorkerId
+    epoch: int
+    facts: HostFacts
+
+
+class ProbeLink(_Message, frozen=True, tag="probe_link"):
+    """Doctor to prefill worker (request/reply, answered with LinkReport): measure your link to this decode worker.
+
+    Its addresses are looked up in the registry, so that nobody can make a worker connect to anything else.
+    """
+
+    decode_worker: WorkerId
+    decode_epoch: int
+
+
+class RankLink(_Message, frozen=True):
+    """One measured link, between one tensor-parallel rank of each worker."""
+
+    from_rank: Count
+    to_rank: Count
+    address: str  # that was dialled
+    transport: str  # "ucx(sysv,tcp)"
+    moves_device_memory: bool
+    kv_memory: str  # "host" | "device"
+    dial_ms: float | None  # None: the link was there
+    round_trip_us: float  # of a control frame, median
+    rates: tuple[tuple[int, float], ...]  # (message bytes, GB/s), ascending
+
+
+class LinkReport(_Message, frozen=True, tag="link_report"):
+    """Prefill worker to doctor: the links of every pair of ranks, or why there are none."""
+
+    worker_id: WorkerId
+    epoch: int
+    decode_worker: WorkerId
+    links: tuple[RankLink, ...] = ()
+    failure: str = (
+        ""  # "busy" | "draining" | "unsupported" | "unknown_worker" | "wrong_epoch" | "unreachable" | "no_room"
+    )
+    detail: str = ""
+
+
 Message = (
     WorkerCard
     | Heartbeat
@@ -332,6 +404,10 @@ Message = (
     | KvEvents
     | KvSnapshotRequest
     | KvSnapshot
+    | DescribeHost
+    | HostReport
+    | ProbeLink
+    | LinkReport
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -25,7 +25,7 @@ def decode_jobs(pool: str, worker: WorkerId) -> str:
 
 
 def control(pool: str, worker: WorkerId) -> str:
-    """Ping, ReplayRequest, FinishAck, KvSnapshotRequest to one worker."""
+    """Ping, ReplayRequest, FinishAck, KvSnapshotRequest, DescribeHost, ProbeLink to one worker."""
     return f"{ROOT}.{token(pool)}.ctl.{token(worker)}"
 
 

@@ -88,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         add_flags(one, f"{role} worker", [*WORKER, *COMMON])
         one.set_defaults(run=_worker)
 
+    doctor = _command(commands, "doctor", "measure every prefill-decode link and say what to do about slow ones")
+    add_flags(doctor, "pool", cluster.DOCTOR)
+    report = doctor.add_argument_group("report")
+    local = "measure every installed transport between two processes of this machine; needs no pool (default: no)"
+    report.add_argument("--local", action="store_true", help=local)
+    report.add_argument("--json", metavar="FILE", default="", help="write it as JSON, too (default: none)")
+    doctor.set_defaults(run=_doctor)
+
     model = commands.add_parser("model", help="find or fetch models", description="Find or fetch models.")
     actions = model.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     fetch = "fetch and convert the demo model unless it is there, and print its folder"
@@ -154,6 +162,19 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         return serve(plan)
     except (ServeError, ModelError) as error:
+        return _refuse(error, 1)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    config = msgspec.convert(_given(options, cluster.DOCTOR), cluster.DoctorConfig)
+    cluster.check_names(pool=config.pool)
+    from .doctor import DoctorError, doctor  # numpy and nats-py; --help must be fast.
+    from .logs import set_up_logging
+
+    set_up_logging("error")
+    try:
+        return doctor(nats=config.nats, pool=config.pool, is_local=options.local, json_file=options.json)
+    except DoctorError as error:
         return _refuse(error, 1)
 
 

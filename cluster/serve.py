@@ -22,7 +22,7 @@ import msgspec
 
 from ..bus.base import BusError
 from ..bus.server import EmbeddedServer
-from .config import Plan, WorkerSpec, share_cores, state_folder
+from .config import Plan, WorkerSpec, server_url_file, share_cores, state_folder
 from .model import default_served_name, resolve_model
 from .runner import ChildPlan, Console, ReadyLines, Runner
 from .supervision import Limits
@@ -70,6 +70,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _leave_url(file: Path, url: str) -> None:
+    """For `hocket doctor`."""
+    file.unlink(missing_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(url)
+
+
 class _Cluster:
     def __init__(self, plan: Plan, models: Mapping[str, Path], folder: Path, console: Console) -> None:
         self._plan = plan
@@ -90,6 +98,7 @@ class _Cluster:
             raise ServeError(f"cannot start nats-server: {error}") from error
         try:
             self._console.say(f"nats-server is ready on {server.address}")
+            _leave_url(server_url_file(self._folder), server.url)
             runner = self._runner(server.url)
             async with asyncio.TaskGroup() as tasks:
                 keeper = tasks.create_task(self._keep_alive(server, runner))
@@ -97,6 +106,7 @@ class _Cluster:
                 keeper.cancel()
             return exit_code
         finally:
+            server_url_file(self._folder).unlink(missing_ok=True)
             await _stop_server(server)
 
     async def _keep_alive(self, server: EmbeddedServer, runner: Runner) -> None:

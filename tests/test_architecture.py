@@ -43,7 +43,7 @@ DECISIONS = (
     *("router.request", "router.view", "router.index", "router.policies"),
     *("transport.handoff", "transport.sender", "transport.receiver", "transport.frames", "transport.layout"),
     *("workers.admission", "workers.attempts", "workers.kv_ledger", "workers.throughput"),
-    *("cluster.supervision", "cluster.settings", "bus.subjects", "bus.messages", "bus.block_hash"),
+    *("cluster.supervision", "cluster.settings", "cluster.diagnosis", "bus.subjects", "bus.messages", "bus.block_hash"),
 )
 EFFECTS = ("asyncio", "time", "socket", "threading", "subprocess", "uuid", "secrets", "datetime")
 UNSAFE_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "yaml")

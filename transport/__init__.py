@@ -28,7 +28,8 @@ from .endpoint import EndpointStats, HandoffEndpoint
 from .errors import HandoffRefused, LinkLost, TransportError, TransportUnavailable
 from .layout import HANDOFF_PROTOCOL, KvGroup, KvLayer, KvLayout, KvShape
 from .pool import HostKvPool
-from .ranks import RankedEndpoint
+from .probe import ProbeRate, ProbeReport
+from .ranks import RankedEndpoint, RankProbe
 from .registry import installed_schemes, open_transports
 from .thread import EndpointThread
 
@@ -57,6 +58,9 @@ __all__ = [
     "LinkLost",
     "Listener",
     "Place",
+    "ProbeRate",
+    "ProbeReport",
+    "RankProbe",
     "RankedEndpoint",
     "ReceiveEnd",
     "SendEnd",

@@ -60,6 +60,8 @@ from .layout import HANDOFF_PROTOCOL, KvLayout
 from .mover import tag_of
 from .movers import CUT_BYTES, mover_for, sizes_for
 from .peers import Peers
+from .pool import HostKvPool
+from .probe import PROBE_FRAMES, ProbeReport, Probes
 from .receiver import Receiver
 from .sender import Sender
 from .wire import Wire
@@ -126,6 +128,7 @@ class HandoffEndpoint:
         self._bind_host = bind_host if listens else None
         self._staging_bytes = staging_bytes
         self._clock = clock
+        self._epoch = epoch
         hello = frames.Hello(
             HANDOFF_PROTOCOL, worker_name[:256], os.urandom(16), layout.fingerprint(), epoch, layout.shape
         )
@@ -163,6 +166,13 @@ class HandoffEndpoint:
         """Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
         self._mover = mover_for(self._pool, self._staging_bytes)
+        self._probes = Probes(
+            self._peers,
+            self._mover,
+            epoch=self._epoch,
+            kv_memory="host" if isinstance(self._pool, HostKvPool) else "device",
+            is_idle=lambda: self._receiver.is_idle and self._sender.is_idle,
+        )
         await self._peers.start(self._bind_host)
 
     async def aclose(self) -> None:
@@ -219,6 +229,14 @@ class HandoffEndpoint:
     def abort(self, key: HandoffKey, reason: str) -> None:
         """There will be no more chunks; SendReleased and SendEnd follow. Unknown keys are ignored."""
         self._tell_sender(AbortOrder(key, reason))
+
+    async def probe(self, addresses: Sequence[str], *, decode_epoch: int) -> ProbeReport:
+        """Measure the link that an order to these addresses would take, beside what runs on it; about a second.
+
+        Raises LinkLost when nobody answers there, HandoffRefused ("busy", "no_room", "wrong_epoch").
+        """
+        self._check_open()
+        return await self._probes.probe(addresses, decode_epoch)
 
     def _check_blocks(self, groups: Iterable[GroupBlocks]) -> None:
         if any(not 0 <= block < self._pool.blocks for group in groups for block in group.block_ids):
@@ -367,12 +385,16 @@ class HandoffEndpoint:
 
     def on_frame(self, link_id: LinkId, frame: frames.Frame) -> None:
         """For `Peers`."""
-        self._tell_both(FrameReceived(link_id, frame))
+        if isinstance(frame, PROBE_FRAMES):
+            self._probes.on_frame(link_id, frame)
+        else:
+            self._tell_both(FrameReceived(link_id, frame))
 
     def on_lost(self, link_id: LinkId, link: Link) -> None:
         """For `Peers`."""
         self._mover.drop(link)
         self._wires.pop(link_id, None)
+        self._probes.on_lost(link_id)
         self._tell_both(LinkLostEvent(link_id))
 
 

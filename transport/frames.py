@@ -19,7 +19,10 @@ FRAME_BYTES_MAX = 1 << 20
 _DIGEST_BYTES = 8
 LAYERS_MAX = 1 << 10
 CHUNKS_MAX = 1 << 12
-TRANSFERS_MAX = 1 << 18
+TRANSFERS_MAX = (1 << 18) - 1
+PROBE_TRANSFER = TRANSFERS_MAX  # the one number of 18 bits that no transfer has: the tags of probes
+PROBE_MESSAGES_MAX = 1 << 10
+PROBE_MESSAGE_BYTES_MAX = 16 << 20
 MESSAGES_MAX = LAYERS_MAX
 BLOCKS_MAX = 1 << 24
 TOKENS_MAX = 1 << 24
@@ -27,6 +30,7 @@ TOKENS_MAX = 1 << 24
 RefuseReason = Literal[
     "unknown_token", "spent_token", "stale_attempt", "wrong_epoch", "fingerprint", "busy", "bad_claim", "closing"
 ]
+ProbeRefuseReason = Literal["busy", "no_room", "wrong_epoch", "bad_probe"]
 CancelReason = Literal["cancelled", "timeout", "replaced", "digest", "protocol", "closing"]
 
 Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -153,6 +157,38 @@ class Keepalive(_Frame, frozen=True, tag="keepalive"):
     """Either side, every half second while a hand-off is open on this link: I am here, it just takes time."""
 
 
+class Probe(_Frame, frozen=True, tag="probe"):
+    """Prefill to decode: I measure this link; take so many messages into scratch memory (none: only answer)."""
+
+    serial: Number  # echoed in the answers; a probe is a run of these frames with growing numbers, then `ProbeEnd`
+    decode_epoch: Number
+    messages: Annotated[int, msgspec.Meta(ge=0, le=PROBE_MESSAGES_MAX)]
+    message_bytes: Annotated[int, msgspec.Meta(ge=0, le=PROBE_MESSAGE_BYTES_MAX)]
+
+
+class ProbeReady(_Frame, frozen=True, tag="probe_ready"):
+    """Decode to prefill: send them now, with the tags of probes."""
+
+    serial: Number
+
+
+class ProbeRefused(_Frame, frozen=True, tag="probe_refused"):
+    """Decode to prefill: not now; nothing was posted."""
+
+    serial: Number
+    reason: ProbeRefuseReason
+
+
+class ProbeDone(_Frame, frozen=True, tag="probe_done"):
+    """Decode to prefill: all of them are here, whole."""
+
+    serial: Number
+
+
+class ProbeEnd(_Frame, frozen=True, tag="probe_end"):
+    """Prefill to decode: I have measured; the scratch memory is free when what was announced has come."""
+
+
 Frame = (
     Hello
     | Claim
@@ -166,6 +202,11 @@ Frame = (
     | CancelTransfer
     | Drained
     | Keepalive
+    | Probe
+    | ProbeReady
+    | ProbeRefused
+    | ProbeDone
+    | ProbeEnd
 )
 
 _encoder = msgspec.msgpack.Encoder()

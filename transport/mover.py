@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from .base import Done, Extent, HandoffKey, Link, Place
 from .errors import LinkLost
+from .frames import PROBE_TRANSFER
 from .handoff import MessageId
 from .pool import HostKvPool
+from .stager import HostSlot, Slot
 
 Extents = tuple[Extent, ...]
 OnDigest = Callable[[int], None]
@@ -44,6 +48,12 @@ class Mover(Protocol):
     def drop(self, link: Link) -> None:
         """The link is lost: what was not yet given to it ends now."""
 
+    def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
+        """Scratch memory of the kind that this mover's messages come from; None: no room now."""
+
+    def release(self, slot: Slot) -> None:
+        """No message uses it any more."""
+
     def close(self) -> None:
         """No call is under way any more."""
 
@@ -62,6 +72,12 @@ class DigestingLink(Protocol):
 
     def received_digest(self, tag: int) -> int | None:
         """xxh3-64 of a message, within its `done`."""
+
+
+def probe_tag(number: int) -> int:
+    """The link tag of a probe's message, which no hand-off has: its transfer number is never given out."""
+    assert number >> _TRANSFER_SHIFT == 0, number
+    return PROBE_TRANSFER << _TRANSFER_SHIFT | number
 
 
 class DirectMover:
@@ -124,6 +140,12 @@ class DirectMover:
         if link not in self._digesting:
             self._digesting[link] = link if isinstance(link, DigestingLink) else None
         return self._digesting[link]
+
+    def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
+        return HostSlot(np.empty(nbytes, np.uint8))
+
+    def release(self, slot: Slot) -> None:
+        pass
 
     def close(self) -> None:
         self._digesters.shutdown(wait=True)

@@ -11,7 +11,7 @@ from .handoff import MessageId
 from .layout import KvShape
 from .mover import DirectMover, Extents, Mover, OnDigest
 from .pool import HostKvPool
-from .stager import Stager
+from .stager import Slot, Stager
 from .staging import HostStager, StagedMover
 from .wire import MessageSizes
 
@@ -78,6 +78,12 @@ class HostMover:
     def drop(self, link: Link) -> None:
         self._staged.drop(link)
         self._direct.drop(link)
+
+    def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
+        return self._direct.reserve(nbytes, on_device=on_device)
+
+    def release(self, slot: Slot) -> None:
+        self._direct.release(slot)
 
     def close(self) -> None:
         self._direct.close()

@@ -102,6 +102,10 @@ class Peers:
         peer = self._peers.get(link_id)
         return None if peer is None or peer.is_aborting else peer.link
 
+    def has_link(self, addresses: Sequence[str]) -> bool:
+        """Whether `dial_any` would find one that is there."""
+        return any(address in self._dialled for address in addresses)
+
     def say(self, link_id: LinkId, frame: frames.Frame) -> None:
         """Nothing happens on a link that is gone: its owner is told so anyway."""
         if link := self.link(link_id):

@@ -25,6 +25,7 @@ from .base import (
 )
 from .endpoint import EndpointStats
 from .layout import KvLayout
+from .probe import ProbeReport
 from .wire import senders_of
 
 
@@ -113,6 +114,17 @@ class RankEndpoint(HandoffEndpointLike, Protocol):
 
     @property
     def stats(self) -> EndpointStats: ...
+
+    async def probe(self, addresses: Sequence[str], *, decode_epoch: int) -> ProbeReport: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RankProbe:
+    """The link between one rank of each of two workers."""
+
+    from_rank: int
+    to_rank: int
+    report: ProbeReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +221,17 @@ class RankedEndpoint:
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].layer_ready(sub.key, layer)
+
+    async def probe(self, addresses: Sequence[str], *, decode_epoch: int, decode_ranks: int = 1) -> list[RankProbe]:
+        """Measure every link that a hand-off to this worker would take, one after the other. Raises as an endpoint's."""
+        nobody = HandoffKey(bytes(16), 0, 0)
+        probes: list[RankProbe] = []
+        for from_rank, rank in enumerate(self._ranks):
+            for to_rank, _ in outgoing(rank.layout, nobody, decode_ranks, from_rank):
+                share = addresses_of(addresses, decode_ranks, to_rank)
+                report = await rank.probe(share, decode_epoch=decode_epoch)
+                probes.append(RankProbe(from_rank, to_rank, report))
+        return probes
 
     def abort(self, key: HandoffKey, reason: str) -> None:
         for sub in self._orders.get(key, ()):

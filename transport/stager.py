@@ -7,9 +7,10 @@ passes compute the message's digest on the way. `gpu.pool.CudaKvPool` is the sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from .base import Buffer, Extent
+from .base import Buffer, Extent, HostBuffer
 
 
 class Slot(Protocol):
@@ -18,6 +19,13 @@ class Slot(Protocol):
     @property
     def buffer(self) -> Buffer:
         """Exactly as long as was asked for: what a link sends or fills."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSlot:
+    """Plain memory for one message."""
+
+    buffer: HostBuffer
 
 
 class Ticket(Protocol):

@@ -22,7 +22,7 @@ from .errors import LinkLost
 from .handoff import MessageId
 from .mover import Extents, OnDigest, tag_of
 from .pool import HostKvPool, digest_of
-from .stager import Slot, Stager, Ticket
+from .stager import HostSlot, Slot, Stager, Ticket
 
 SPIN_S = 100e-6  # after the last thing that moved; a kernel takes 15-25 us
 NAP_S = 50e-6
@@ -199,6 +199,13 @@ class StagedMover:
 
     # Slots.
 
+    def reserve(self, nbytes: int, *, on_device: bool) -> Slot | None:
+        return None if nbytes > self._stager.staging_bytes else self._stager.reserve(nbytes, on_device=on_device)
+
+    def release(self, slot: Slot) -> None:
+        self._stager.release(slot)
+        self._loop.call_soon(self._feed)
+
     def _reserve(self, link: Link, nbytes: int) -> Slot | None:
         """A slot, if that leaves the others who want one their share."""
         wanting = {*self._hungry, *self._held, *self._sends, link}
@@ -339,13 +346,6 @@ class HostStager:
 
     def close(self) -> None:
         pass
-
-
-@dataclass(frozen=True, slots=True)
-class HostSlot:
-    """Plain memory for one message."""
-
-    buffer: HostBuffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from ..bus.ids import WorkerId
 from ..bus.messages import WorkerCard
 from ..bus.nats_bus import NatsBus
 from ..bus.subjects import token
+from .checkup import Checkup
 from .config import WorkerConfig
 from .decode import DecodeWorker
 from .engines.base import Engine, EngineError, EngineInfo
@@ -127,6 +128,7 @@ class Worker:
         self._bus = bus
         self._engine: Engine | None = None
         self._presence: Presence | None = None
+        self._checkup: Checkup | None = None
         self._tasks: set[asyncio.Task[object]] = set()
         self._stop_metrics: Callable[[], None] = lambda: None
 
@@ -146,6 +148,8 @@ class Worker:
         await asyncio.wait([self._own(role.listening.wait(), "listen"), *broken], return_when=asyncio.FIRST_COMPLETED)
         await presence.join()
         broken.append(self._own(presence.run(), "presence"))
+        assert self._checkup is not None
+        broken.append(self._own(self._checkup.run(), "checkup"))
         log.info("ready: %s with %s", card.worker_id, card.engine)
         on_ready(card)
         await asyncio.wait([asked, *broken], return_when=asyncio.FIRST_COMPLETED)
@@ -185,6 +189,8 @@ class Worker:
         config = self._config
         presence = Presence(self._bus, config.pool, card, engine, heartbeat_s=config.heartbeat_s)
         self._presence = presence
+        checkup = Checkup(self._bus, card, engine, transports=config.transports)
+        self._checkup = checkup
         role: Role
         if config.role == "decode":
             decode = role = DecodeWorker(
@@ -195,7 +201,7 @@ class Worker:
                 handoff_timeout_s=config.handoff_timeout_s,
                 on_change=presence.changed,
             )
-            presence.on_control = decode.on_control
+            checkup.otherwise = decode.on_control
             counts = None
         else:
             prefill = role = PrefillWorker(
@@ -208,6 +214,7 @@ class Worker:
             )
             presence.prefill_tokens_per_s = lambda: prefill.throughput.tokens_per_s
             counts = prefill.counts
+        presence.on_control = checkup.on_control
         if config.metrics_port:
             self._stop_metrics = serve_metrics(config.metrics_port, card, engine, counts)
         return presence, role
@@ -217,6 +224,8 @@ class Worker:
         log.info("draining")
         presence.is_draining = True
         presence.changed()
+        if self._checkup is not None:
+            self._checkup.is_draining = True
         drained = self._own(role.drain(), "drain")
         hurried = self._own(self._stop.hurried.wait(), "hurry")
         await asyncio.wait(

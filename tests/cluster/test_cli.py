@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import msgspec.inspect
 import pytest
 
 from hocket.cluster import cli
@@ -19,7 +20,18 @@ from hocket.cluster.settings import settings_of
 from hocket.router.config import RouterConfig
 from hocket.workers.config import WorkerConfig
 
-COMMANDS = ("", "serve", "router", "worker", "worker prefill", "worker decode", "model", "model demo", "model path")
+COMMANDS = (
+    "",
+    "serve",
+    "doctor",
+    "router",
+    "worker",
+    "worker prefill",
+    "worker decode",
+    "model",
+    "model demo",
+    "model path",
+)
 HEAVY = (
     "vllm",
     "torch",
@@ -63,6 +75,7 @@ def test_help_of_each_command_is_there_and_exits_0(command: str):
         ("worker prefill", WorkerConfig, ("role",)),
         ("worker decode", WorkerConfig, ("role",)),
         ("serve", cluster.ServeConfig, ()),
+        ("doctor", cluster.DoctorConfig, ()),
     ],
 )
 def test_help_lists_every_setting_with_its_default_and_a_sentence(
@@ -70,7 +83,8 @@ def test_help_lists_every_setting_with_its_default_and_a_sentence(
 ):
     text = re.sub(r"\s+", " ", hocket(*command.split(), "--help").stdout)
     for setting in settings_of(struct, leave_out=absent):
-        assert f"{setting.flag} {setting.metavar}" in text
+        is_switch = isinstance(setting.shape, msgspec.inspect.BoolType)
+        assert (f"--no-{setting.flag[2:]}" if is_switch else f"{setting.flag} {setting.metavar}") in text
         assert setting.description
         assert setting.description in text
 

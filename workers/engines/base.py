@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from ...bus.messages import KvEvent, SamplingParams, TokenLogprob
 from ...transport.base import HandoffKey
+from ...transport.ranks import RankProbe
 
 
 class EngineError(Exception):
@@ -150,3 +151,11 @@ class CountsHandoffs(Protocol):
     """What an engine may have besides, for the metrics."""
 
     def handoff_counts(self) -> HandoffCounts: ...
+
+
+@runtime_checkable
+class ProbesLinks(Protocol):
+    """What an engine may have besides, for `hocket doctor`."""
+
+    async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
+        """Measure every link that a hand-off to this decode worker would take. Raises LinkLost, HandoffRefused, ValueError."""

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,20 @@ import pytest
 import torch
 
 from hocket.transport.base import Chunk, Cut, Extent, GroupBlocks, HandoffKey
+from hocket.transport.errors import HandoffRefused, LinkLost
 from hocket.transport.layout import KvGroup
 from hocket.workers.engines.vllm.kv_tensors import KvGroupFacts, ModelFacts, UnfitKv, pool_of
+from hocket.workers.engines.vllm.link_probes import ProbeQuestions
 from hocket.workers.engines.vllm.scheduler import Open, Push, Receive, StepPlan
-from hocket.workers.engines.vllm.side_channel import FrontEnd, Note, Ready, ReceiveEnded, SendEnded
+from hocket.workers.engines.vllm.side_channel import (
+    FrontEnd,
+    Note,
+    ProbeAsked,
+    ProbeEnded,
+    Ready,
+    ReceiveEnded,
+    SendEnded,
+)
 from hocket.workers.engines.vllm.worker_side import HandoffSettings, WorkerSide
 
 LAYERS = ("a", "b", "c")
@@ -51,12 +61,17 @@ class Side:
     ) -> None:
         self.facts = facts
         self.notes: list[Note] = []
-        self.front_end = FrontEnd(self.notes.append, lambda side: None)
+        self.notes_listener: Callable[[Note], None] = lambda note: None
+        self.front_end = FrontEnd(self.on_note, lambda side: None)
         self.path = str(path)
         self.tensors = make_tensors(10.0 if is_decode else 0.0)
         self._settings = HandoffSettings(
             is_decode, "tcp", "127.0.0.1", "side", EPOCH, 64 << 20, False, reports_failed_loads
         )
+
+    def on_note(self, note: Note) -> None:
+        self.notes.append(note)
+        self.notes_listener(note)
 
     async def start(self) -> None:
         await self.front_end.start(self.path)
@@ -379,3 +394,37 @@ def test_the_latent_of_mla_is_one_head_in_one_part() -> None:
     facts = replace(FACTS, groups=(replace(FULL, layer_names=frozenset("a"), mla_names=frozenset("a")),), kv_heads=16)
     (layer,) = pool_of({"a": torch.zeros(BLOCKS, 1, BLOCK_TOKENS, 6)}, facts).layout.layers
     assert (layer.heads, layer.parts, layer.head_bytes) == (1, 1, 24)
+
+
+async def test_the_front_end_has_a_link_measured(sides: tuple[Side, Side]) -> None:
+    prefill, decode = sides
+    assert isinstance(decode.ready, Ready)
+    prefill.front_end.send(ProbeAsked(7, decode.ready.addresses, EPOCH, 1))
+    note = await prefill.heard(ProbeEnded)
+    assert isinstance(note, ProbeEnded)
+    assert (note.number, note.refusal, note.detail) == (7, "", "")
+    (probe,) = note.probes
+    assert (probe.from_rank, probe.to_rank, probe.report.transport) == (0, 0, "tcp")
+    assert all(rate.bytes_per_s > 0 for rate in probe.report.rates)
+
+
+async def test_the_front_end_hears_why_a_link_was_not_measured(sides: tuple[Side, Side]) -> None:
+    prefill, decode = sides
+    assert isinstance(decode.ready, Ready)
+    questions = ProbeQuestions(prefill.front_end.send)
+
+    def pump(note: Note) -> None:
+        if isinstance(note, ProbeEnded):
+            questions.on_ended(note)
+
+    prefill.notes_listener = pump
+    with pytest.raises(HandoffRefused, match="wrong_epoch"):
+        await asyncio.wait_for(questions.ask(decode.ready.addresses, EPOCH + 1, 1), 10)
+    with pytest.raises(LinkLost):
+        await asyncio.wait_for(questions.ask(("tcp://127.0.0.1:1",), EPOCH, 1), 10)
+    assert (await asyncio.wait_for(questions.ask(decode.ready.addresses, EPOCH, 1), 10))[0].report.rates
+    asking = asyncio.create_task(questions.ask(decode.ready.addresses, EPOCH, 1))
+    await asyncio.sleep(0)
+    questions.fail("the engine is dead")
+    with pytest.raises(LinkLost, match="the engine is dead"):
+        await asking

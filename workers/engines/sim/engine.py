@@ -20,7 +20,7 @@ from ....transport.base import (
 )
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
-from ....transport.ranks import RankedEndpoint
+from ....transport.ranks import RankedEndpoint, RankProbe
 from ....transport.registry import open_transports
 from ...config import WorkerConfig
 from ..base import (
@@ -160,6 +160,10 @@ class SimEngine:
             kv_bytes_sent=stats.kv_bytes_sent,
             transports=tuple(stats.links.values()),
         )
+
+    async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
+        """For `hocket doctor`."""
+        return await self.endpoint.probe(addresses, decode_epoch=decode_epoch, decode_ranks=decode_ranks)
 
     async def failed(self) -> EngineDead:
         await self._is_dead.wait()

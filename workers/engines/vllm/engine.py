@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TypeVar
 from ....bus.messages import FINISH_NONE, KvEvent
 from ....transport.base import HandoffKey
 from ....transport.layout import KvLayout
+from ....transport.ranks import RankProbe
 from ...config import WorkerConfig
 from ..base import (
     BadTask,
@@ -37,11 +38,12 @@ from . import reaper, versions
 from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set
 from .kv_events import Subscription
 from .kv_groups import KvGroups
+from .link_probes import ProbeQuestions
 from .scheduler import Open, decode_params, prefill_params
-from .side_channel import AbortSend, FrontEnd, Note, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
+from .side_channel import AbortSend, FrontEnd, Note, ProbeEnded, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
 from .translate import decode_sampling, prefill_sampling, step_output
 from .versions import Unchecked
-from .waits import cancelled, on_daemon_thread, set_within
+from .waits import cancelled, fail, on_daemon_thread, resolve, set_within
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,6 +93,7 @@ class VllmEngine:
         self._reports_failed_loads = True
         self._stats = _Stats()
         self._ends = _Ends()
+        self._probes = ProbeQuestions(self._channel.send)
         self._numbers = itertools.count(1)
         self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
         self._tasks: set[asyncio.Task[object]] = set()
@@ -239,12 +242,14 @@ class VllmEngine:
             case Unfit():
                 self._unfit = note.why
             case TaskEnded():
-                _resolve(self._ends.tasks.pop(note.task, None), None)
+                resolve(self._ends.tasks.pop(note.task, None), None)
             case SendEnded():
-                _resolve(self._ends.sends.pop(note.key, None), note)
+                resolve(self._ends.sends.pop(note.key, None), note)
             case ReceiveEnded():
                 self._received[note.reason or "landed"] = self._received.get(note.reason or "landed", 0) + 1
-                _resolve(self._ends.receives.pop(note.token, None), note)
+                resolve(self._ends.receives.pop(note.token, None), note)
+            case ProbeEnded():
+                self._probes.on_ended(note)
 
     def _on_channel_lost(self, side: str) -> None:
         self._die(EngineDead(f"vllm's {side} process ended"))
@@ -256,8 +261,9 @@ class VllmEngine:
         self._dead.set_result(error)
         if self._llm is not None:
             versions.end_all_requests(self._llm)
-        _fail(self._ends.tasks.values(), error)
-        _fail(self._ends.sends.values(), error)
+        fail(self._ends.tasks.values(), error)
+        fail(self._ends.sends.values(), error)
+        self._probes.fail(str(error))
 
     async def failed(self) -> EngineDead:
         """Waits until the engine cannot go on and returns why."""
@@ -283,6 +289,10 @@ class VllmEngine:
         """As of the last step."""
         blocks = self._info.kv_blocks if self._info else 0
         return EngineLoad(self._stats.running, self._stats.waiting, round(blocks * (1.0 - self._stats.kv_usage)))
+
+    async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
+        """For `hocket doctor`. Raises LinkLost, HandoffRefused."""
+        return await self._probes.ask(addresses, decode_epoch, decode_ranks)
 
     async def clear_prefix_cache(self) -> bool:
         """Forget every cached block, for tests and benchmarks; False while a request holds blocks."""
@@ -480,15 +490,3 @@ class VllmEngine:
             pass  # Its blocks are gone with it.
         finally:
             self._ends.tasks.pop(number, None)
-
-
-def _resolve(future: asyncio.Future[T] | None, result: T) -> None:
-    if future and not future.done():
-        future.set_result(result)
-
-
-def _fail(futures: Iterable[asyncio.Future[T]], error: Exception) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_exception(error)
-            future.exception()  # Retrieved, so that one that nobody waits for is not logged as lost.

@@ -19,6 +19,7 @@ import msgspec
 
 from ....transport.base import HandoffKey
 from ....transport.layout import KvLayout
+from ....transport.ranks import RankProbe
 
 log = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
@@ -80,7 +81,25 @@ class AbortSend(msgspec.Struct, frozen=True, tag="abort_send"):
     reason: str
 
 
-Note = Hello | Ready | Unfit | SendEnded | ReceiveEnded | TaskEnded | AbortSend
+class ProbeAsked(msgspec.Struct, frozen=True, tag="probe_asked"):
+    """Front end to worker side of a prefill engine: measure the links to this decode worker."""
+
+    number: int
+    addresses: tuple[str, ...]
+    decode_epoch: int
+    decode_ranks: int
+
+
+class ProbeEnded(msgspec.Struct, frozen=True, tag="probe_ended"):
+    """Worker side: what was measured, or why not."""
+
+    number: int
+    probes: tuple[RankProbe, ...] = ()
+    refusal: str = ""  # transport.HandoffRefused.reason
+    detail: str = ""  # without a refusal: the link was lost
+
+
+Note = Hello | Ready | Unfit | SendEnded | ReceiveEnded | TaskEnded | AbortSend | ProbeAsked | ProbeEnded
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
 
@@ -123,7 +142,7 @@ class FrontEnd:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: _Peer(self._peers, self._on_note, self._on_lost), path)
 
-    def send(self, note: AbortSend) -> None:
+    def send(self, note: AbortSend | ProbeAsked) -> None:
         """To every worker side; does nothing when there is none."""
         frame = _frame(note)
         for peer in self._peers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,3 +40,17 @@ async def cancelled(task: asyncio.Task[T]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()  # Retrieved, so that nobody logs it as lost.
+
+
+def resolve(future: asyncio.Future[T] | None, result: T) -> None:
+    """Unless it is over already."""
+    if future and not future.done():
+        future.set_result(result)
+
+
+def fail(futures: Iterable[asyncio.Future[T]], error: Exception) -> None:
+    """Those that are not over."""
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # Retrieved, so that one that nobody waits for is not logged as lost.

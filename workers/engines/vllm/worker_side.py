@@ -22,8 +22,9 @@ from ....transport.thread import EndpointThread
 from . import versions
 from .kv_groups import KvGroups
 from .kv_tensors import ModelFacts, pool_of
+from .link_probes import ProbeAnswers
 from .scheduler import Open, Push, Receive, StepPlan
-from .side_channel import AbortSend, ConnectorEnd, Note, Ready, ReceiveEnded, SendEnded
+from .side_channel import AbortSend, ConnectorEnd, Note, ProbeAsked, Ready, ReceiveEnded, SendEnded
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ class WorkerSide:
     def __init__(self, settings: HandoffSettings, channel: str) -> None:
         self._settings = settings
         self._thread: EndpointThread | None = None
+        self._probes: ProbeAnswers | None = None
         self._channel = ConnectorEnd(channel, "worker", self._on_note)
         self._layer_index: dict[str, int] = {}
         self._groups: KvGroups | None = None  # after `register`
@@ -109,6 +111,7 @@ class WorkerSide:
         thread = EndpointThread(make)
         addresses = thread.start()
         self._thread = thread
+        self._probes = ProbeAnswers(thread.endpoint, self._channel.send)
         self._channel.send(Ready(addresses, pool.layout, pool.blocks))
 
     # The hooks of a step, in their order.
@@ -287,8 +290,12 @@ class WorkerSide:
     # On the side channel's thread.
 
     def _on_note(self, note: Note) -> None:
-        if isinstance(note, AbortSend) and self._thread:
+        if self._thread is None:
+            return
+        if isinstance(note, AbortSend):
             self._call(self._endpoint.abort, note.key, note.reason)
+        elif isinstance(note, ProbeAsked) and self._probes:
+            self._call(self._probes.start, note)
 
 
 def _tell_ready(endpoint: HandoffEndpoint, keys: list[HandoffKey], layer: int) -> None:
