@@ -24,7 +24,7 @@ from .mover import Extents, OnDigest, tag_of
 from .pool import HostKvPool, digest_of
 from .stager import HostSlot, Slot, Stager, Ticket
 
-SPIN_S = 100e-6  # after the last thing that moved; a kernel takes 15-25 us
+SPIN_S = 200e-6  # after the last thing that moved; a kernel takes 15-25 us
 NAP_S = 50e-6
 
 

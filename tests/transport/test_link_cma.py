@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from hocket.transport.links.cma import HELLO, MAGIC, VERDICT_BYTES, CmaTransport
 from hocket.transport.links.pull_link import PullLink
 
 SETRESUID = 117  # on x86-64
-FRAME = struct.Struct("<BxxxIQQ")
+FRAME = struct.Struct("<BxxxIQQ")  # and its CRC-32
 OFFER = struct.Struct("<BQQ")
 OTHER_BOOT = "00000000-0000-4000-8000-000000000000"
 
@@ -91,7 +92,8 @@ class RawPeer:
         return self.socket.recv(nbytes, socket.MSG_WAITALL)
 
     def send_frame(self, payload: bytes) -> None:
-        self.socket.sendall(FRAME.pack(1, len(payload), 0, len(payload)) + payload)
+        header = FRAME.pack(1, len(payload), 0, len(payload))
+        self.socket.sendall(header + zlib.crc32(header).to_bytes(4, "little") + payload)
 
 
 @pytest.mark.parametrize(

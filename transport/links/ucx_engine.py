@@ -26,6 +26,7 @@ CONNECTIONS_MAX = 1 << (63 - TAG_BITS)
 WATCHDOG_S = 0.03  # UCX and UCXX speak of lost wake-ups; only while something is pending
 TURN_S = 0.002  # of progress, then other work of the loop gets its turn
 SPINS_MAX, FRUITLESS_MAX = 8, 1000
+CUDA_SPIN_S = 200e-6  # after the last thing that moved: a copy between GPUs takes less, and each sleep costs 0.1 ms
 SHORT_PAUSE_S, LONG_PAUSE_S = 50e-6, 2e-3  # 2 MiB fit into the queue: 20 GB/s with the first
 _ANY_MESSAGE = (1 << 64) - (1 << TAG_BITS)  # mask: this connection, not control
 # Set before the first import of ucxx; a variable that the user has set stays.
@@ -84,6 +85,7 @@ class Engine:
         self._connections = itertools.count(int.from_bytes(os.urandom(2), "little"))
         self.connections: dict[int, Connection] = {}
         self._is_kicked = False
+        self._moved_at = 0.0
         self._fruitless = 0  # turns without progress after which UCX would not arm
         self._watchdog: asyncio.TimerHandle | None = None
         self.is_closed = False
@@ -143,12 +145,16 @@ class Engine:
         self._tell()
         for link in list(self.expecting):
             link.take_arrived()
-        self._fruitless = 0 if has_moved or self.worker.arm() else self._fruitless + 1
+        is_pending = len(self._handlers) > len(self._idle) or self.expecting or self._greetings
+        now = time.perf_counter()
         if has_moved:
+            self._moved_at = now
+        spins = self.has_cuda and is_pending and now - self._moved_at < CUDA_SPIN_S
+        self._fruitless = 0 if has_moved or spins or self.worker.arm() else self._fruitless + 1
+        if has_moved or spins:
             self.kick()
         elif self._fruitless:
             self._back_off()
-        is_pending = len(self._handlers) > len(self._idle) or self.expecting or self._greetings
         if is_pending and self._watchdog is None:
             self._watchdog = self.loop.call_later(WATCHDOG_S, self._watch)
 
@@ -157,7 +163,7 @@ class Engine:
 
         Spinning takes the core that the peer needs to empty it [2 cores, both busy: 2,500 turns for each transfer].
         """
-        if self._fruitless > FRUITLESS_MAX:
+        if self._fruitless > FRUITLESS_MAX and not self.has_cuda:
             self.loop.call_later(LONG_PAUSE_S, self.pump)
             return
         if self._fruitless > SPINS_MAX:
@@ -175,6 +181,7 @@ class Engine:
 
     def _begun(self, operation: Operation, on_end: Callable[[Operation], None]) -> Operation:
         self._handlers[operation] = on_end
+        self._moved_at = time.perf_counter()
         self.kick()
         return operation
 
