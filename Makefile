@@ -26,7 +26,7 @@ serve: venv ## run a whole cluster here; options in ARGS, listed by: make serve 
 model: venv ## fetch and convert the demo model (93 MB, once), print its folder
 	@$(BIN)/hocket model demo
 
-test: check model ## everything that proves the tree: checks, then tests from fast to slow (under 20 minutes)
+test: check model ## everything that proves the tree: checks, then tests from fast to slow
 	$(PYTEST) -m "not slow and not vllm"
 	$(PYTEST) -m "slow and not vllm"
 	$(PYTEST) -m vllm
