@@ -168,6 +168,7 @@ class RequestMachine:
         "has_token",
         "phase",
         "plan",
+        "prefilled_by",
         "worker",
     )
 
@@ -178,6 +179,7 @@ class RequestMachine:
         self.plan: Plan = "local"
         self.worker: WorkerId | None = None  # the decode worker of this attempt
         self.has_token = False
+        self.prefilled_by: WorkerId | None = None  # the last prefill worker that claimed the job of this attempt
         self._why = ""
         self._attempt_token: HandoffToken | None = None
         self._attempt_ranks = 1
@@ -206,6 +208,7 @@ class RequestMachine:
         self.phase = Phase.ADMITTING
         self.attempt += 1
         self.worker, self.plan, self._why = worker, plan, why
+        self.prefilled_by = None
         self._attempt_token = token if plan == "remote" else None
         self._attempt_ranks = prefill_ranks
         rebind: list[Instruction] = [Rebind(self.attempt)] if self.attempt else []
@@ -272,7 +275,8 @@ class RequestMachine:
     def claimed(self, attempt: int, worker: WorkerId, ack_subject: str) -> list[Instruction]:
         """A prefill worker computes the job now."""
         if attempt == self.attempt and self._is_prefill_open:
-            self._prefill_worker, self._ack_subject = worker, ack_subject
+            self._prefill_worker = self.prefilled_by = worker
+            self._ack_subject = ack_subject
         return []
 
     def prefill_done(self, attempt: int) -> list[Instruction]:

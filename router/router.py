@@ -29,13 +29,13 @@ from ..bus.messages import (
     decode,
     encode,
 )
+from .chooser import Ask, Chooser, Chosen
 from .config import RouterConfig
 from .dispatch import Dispatch
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams
 from .membership import Membership
 from .metrics import RouterMetrics
-from .policies.base import Choice, Policy, RequestView, WorkerView
-from .policies.basic import LeastLoaded
+from .policies.base import Policy
 from .repair import TokenRepair
 from .request import (
     AskDecode,
@@ -54,7 +54,7 @@ from .request import (
     ReportStarted,
     RequestMachine,
 )
-from .view import ClusterView, Member, worker_view
+from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +64,27 @@ DEADLINE_TICK_S = 0.5
 class Live:
     """One generation in flight: its machine and what the shell must remember of it."""
 
-    __slots__ = ("hit_blocks", "machine", "published_s", "started", "started_s", "stream_id")
+    __slots__ = (
+        "cached_tokens",
+        "chosen",
+        "chosen_s",
+        "first_token_s",
+        "machine",
+        "published_s",
+        "started",
+        "started_s",
+        "stream_id",
+    )
 
     def __init__(self, machine: RequestMachine, stream_id: int, now: float) -> None:
         self.machine = machine
         self.stream_id = stream_id
         self.started_s = now
         self.published_s = 0.0
-        self.hit_blocks = 0
+        self.chosen: Chosen | None = None  # by the newest attempt
+        self.chosen_s = now
+        self.first_token_s: float | None = None
+        self.cached_tokens: int | None = None  # that the decode engine reported
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
 
 
@@ -93,8 +106,6 @@ class Router:
     ) -> None:
         self._config = config
         self._bus = bus
-        self._policy = policy
-        self._fallback = LeastLoaded()
         self._served_name = served_name
         self._metrics = metrics
         self._clock = clock
@@ -111,6 +122,13 @@ class Router:
             metrics=metrics,
             clock=clock,
             on_lost=self._on_worker_lost,
+        )
+        self.chooser = Chooser(
+            self.membership.view,
+            self.membership.index,
+            policy,
+            local_prefill_tokens_max=config.local_prefill_tokens_max,
+            rng=self._rng,
         )
         self._dispatch = Dispatch(
             bus, config.pool, router_id, self.membership, metrics, clock=clock, wall_clock=wall_clock
@@ -196,7 +214,9 @@ class Router:
         """A token was accepted."""
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
-            self._metrics.ttft.labels(live.machine.plan).observe(self._clock() - live.started_s)
+            live.first_token_s = self._clock()
+            live.cached_tokens = detail.cached_tokens if detail else None
+            self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
     def on_gap(self, stream_id: int, next_index: int) -> None:
         """Tokens are missing."""
@@ -219,6 +239,7 @@ class Router:
         if machine.worker is not None:
             self._repair.acknowledge(machine.worker, stream_id, machine.attempt)
         self._metrics.generation_tokens.inc(output_tokens)
+        self._observe(live, output_tokens)
         self._now(live, machine.ended())
         self._count_end(live, "error" if finish == FINISH_ERROR else "finished")
 
@@ -226,6 +247,7 @@ class Router:
         """The answer is complete on our side."""
         if live := self._live.get(stream_id):
             self._metrics.generation_tokens.inc(output_tokens)
+            self._observe(live, output_tokens)
             self._now(live, live.machine.abandoned())
             self._count_end(live, "finished")
 
@@ -353,51 +375,46 @@ class Router:
     # ---- picking
 
     def _pick(self, live: Live, exclude: frozenset[WorkerId]) -> list[Instruction]:
-        generation = live.machine.generation
-        members = self.membership.view.candidates(generation.model, exclude)
-        if not members:
+        generation, now = live.machine.generation, self._clock()
+        chosen = live.chosen = self.chooser.choose(ask_of(generation), exclude, now)
+        live.chosen_s = now
+        if chosen is None:
             return live.machine.nothing_to_pick()
-        prefill = self.membership.view.prefill_fingerprints(generation.model)
-        hits = self._hit_blocks(generation, members)
-        workers = [worker_view(member, hits.get(member.card.worker_id, 0)) for member in members]
-        request = RequestView(
-            request_id=generation.request_id,
-            model=generation.model,
-            prompt_tokens=generation.prompt_tokens,
-            max_tokens=generation.sampling.max_tokens,
-            prefill_workers=sum(prefill.get(fingerprint, 0) for fingerprint in {m.card.fingerprint for m in members}),
-            local_prefill_tokens_max=self._config.local_prefill_tokens_max,
-        )
-        choice, chosen = self._ask_policy(request, workers)
-        plan = choice.plan or request.default_plan(chosen)
-        card = members[workers.index(chosen)].card
-        ranks = self.membership.view.prefill_ranks(generation.model, card.fingerprint)
-        if not ranks or not card.handoff_addresses:
-            plan = "local"
-        live.hit_blocks = chosen.hit_blocks
+        self._metrics.policy_failures.inc(chosen.is_fallback)
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
-        self._metrics.hit_tokens.inc(chosen.hit_blocks * chosen.block_tokens)
+        self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)
         token = HandoffToken(self._rng.randbytes(16))
-        return live.machine.picked(chosen.worker_id, plan, choice.why, token, prefill_ranks=ranks or 1)
+        return live.machine.picked(
+            chosen.worker.worker_id, chosen.plan, chosen.choice.why, token, prefill_ranks=chosen.prefill_ranks
+        )
 
-    def _ask_policy(self, request: RequestView, workers: list[WorkerView]) -> tuple[Choice, WorkerView]:
-        by_id = {worker.worker_id: worker for worker in workers}
+    def _observe(self, live: Live, output_tokens: int) -> None:
+        if live.chosen is None:
+            return
         now = self._clock()
-        try:
-            choice = self._policy.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id]
-        except Exception:  # A user's policy may raise anything; the request must not pay for it.
-            log.exception("policy failed, least loaded chose", extra={"request_id": request.request_id})
-            self._metrics.policy_failures.inc()
-            choice = self._fallback.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id]
+        ttft_s = itl_s = None
+        if live.first_token_s is not None:
+            ttft_s = live.first_token_s - live.chosen_s
+            itl_s = (now - live.first_token_s) / (output_tokens - 1) if output_tokens > 1 else None
+        outcome = live.chosen.outcome(
+            prefill_worker=live.machine.prefilled_by,
+            cached_tokens=live.cached_tokens,
+            ttft_s=ttft_s,
+            itl_s=itl_s,
+            output_tokens=output_tokens,
+        )
+        self.chooser.observe(outcome, now)
 
-    def _hit_blocks(self, generation: Generation, members: list[Member]) -> dict[WorkerId, int]:
-        index = self.membership.index
-        if not len(index):
-            return {}
-        parent = chain_seed(generation.salt)
-        hits: dict[WorkerId, int] = {}
-        for block_tokens in {member.card.block_tokens for member in members}:
-            hits |= index.hit_blocks(block_hashes(generation.packed_tokens, block_tokens, parent=parent))
-        return hits
+
+def ask_of(generation: Generation) -> Ask:
+    """What the chooser has to know of it."""
+    parent = chain_seed(generation.salt)
+    return Ask(
+        request_id=generation.request_id,
+        model=generation.model,
+        prompt_tokens=generation.prompt_tokens,
+        max_tokens=generation.sampling.max_tokens,
+        hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
+        deadline_s=generation.deadline_s,
+        tenant=generation.salt,
+    )

@@ -7,12 +7,12 @@ connection is down, and for `dead_s` after, no worker's clock runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from ..bus.ids import WorkerId
 from ..bus.messages import Heartbeat, WorkerCard
-from .policies.base import WorkerView
+from .policies.base import PrefillView, WorkerView
 
 
 @dataclass(slots=True)
@@ -25,8 +25,6 @@ class Member:
     is_suspect: bool = False
     in_flight: dict[int, int] = field(default_factory=dict)  # our streams on it -> KV blocks they may need
     in_flight_blocks: int = 0
-    kv_seq: int = 0  # of the last KvEvents applied
-    is_index_exact: bool = False
 
     @property
     def can_take_work(self) -> bool:
@@ -113,24 +111,20 @@ class ClusterView:
             and worker not in exclude
         ]
 
-    def prefill_fingerprints(self, model: str) -> dict[str, int]:
-        """How many prefill workers for `model` take work, by the fingerprint of their KV."""
-        counts: dict[str, int] = {}
-        for member in self._members.values():
-            card = member.card
-            if card.role == "prefill" and card.model == model and member.can_take_work:
-                counts[card.fingerprint] = counts.get(card.fingerprint, 0) + 1
-        return counts
+    def prefill_members(self, model: str, fingerprints: Collection[str]) -> list[Member]:
+        """Prefill workers for `model` that take work and whose KV has one of these fingerprints."""
+        return [
+            member
+            for member in self._members.values()
+            if member.card.role == "prefill"
+            and member.card.model == model
+            and member.card.fingerprint in fingerprints
+            and member.can_take_work
+        ]
 
     def prefill_ranks(self, model: str, fingerprint: str) -> int:
         """The tensor-parallel size that most of the prefill workers with this KV have; 0: there is none."""
-        sizes = [
-            member.card.tp_size
-            for member in self._members.values()
-            if member.card.role == "prefill"
-            and (member.card.model, member.card.fingerprint) == (model, fingerprint)
-            and member.can_take_work
-        ]
+        sizes = [member.card.tp_size for member in self.prefill_members(model, (fingerprint,))]
         return max(sorted(set(sizes)), key=sizes.count, default=0)
 
     def models(self) -> list[str]:
@@ -153,4 +147,21 @@ def worker_view(member: Member, hit_blocks: int) -> WorkerView:
         running=heartbeat.running,
         waiting=heartbeat.waiting,
         kv_blocks_free=heartbeat.kv_blocks_free,
+        fingerprint=card.fingerprint,
+        prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
+    )
+
+
+def prefill_view(member: Member, hit_blocks: int) -> PrefillView:
+    """A prefill worker as a policy sees it."""
+    card, heartbeat = member.card, member.heartbeat
+    return PrefillView(
+        worker_id=card.worker_id,
+        fingerprint=card.fingerprint,
+        block_tokens=card.block_tokens,
+        slots=card.slots,
+        hit_blocks=hit_blocks,
+        running=heartbeat.running,
+        waiting=heartbeat.waiting,
+        prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
     )

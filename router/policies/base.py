@@ -11,17 +11,35 @@ import importlib.metadata
 import importlib.util
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from ...bus.ids import RequestId, WorkerId
 
 Plan = Literal["remote", "local"]
 """`remote`: a prefill worker computes the prompt and streams its KV over; `local`: the decode worker computes it itself."""
 
+IndexMode = Literal["exact", "catching_up", "approximate"]
+"""How far a worker's `hit_blocks` can be trusted: fed by its events without a gap, behind them, or guessed from what was sent."""
+
 ENTRY_POINTS = "hocket.policies"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillView:
+    """What a policy knows of one live prefill worker that could serve the request."""
+
+    worker_id: WorkerId
+    fingerprint: str
+    block_tokens: int
+    slots: int
+    hit_blocks: int  # leading blocks of this prompt that are in its prefix cache
+    running: int  # as of its last heartbeat, all routers together
+    waiting: int
+    queued_tokens: int = 0  # prompt tokens of this router's jobs that are meant for it or claimed by it, and not done
+    prefill_tokens_per_s: float = 0.0  # measured; 0.0: not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +52,12 @@ class RequestView:
     max_tokens: int  # the most it may generate
     prefill_workers: int  # alive and able to serve it
     local_prefill_tokens_max: int  # from the configuration
+    tenant: str = ""
+    session_id: str = ""  # of the conversation, where the client says so
+    priority: int = 0  # higher goes first
+    deadline_s: float = float("inf")  # on the clock of `now`
+    prefill: tuple[PrefillView, ...] = ()  # in the order of their ids
+    queued_prefill_tokens: int = 0  # prompt tokens of this router's jobs that no prefill worker has claimed
 
     def default_plan(self, worker: WorkerView) -> Plan:
         """`local` when no prefill worker lives or at most `local_prefill_tokens_max` prompt tokens are not cached on `worker`."""
@@ -57,6 +81,13 @@ class WorkerView:
     running: int  # as of its last heartbeat, all routers together
     waiting: int
     kv_blocks_free: int
+    fingerprint: str = ""
+    index_mode: IndexMode = "exact"
+    local_prefill_tokens: int = (
+        0  # uncached prompt tokens of this router's requests that it still has to compute itself
+    )
+    prefill_tokens_per_s: float = 0.0  # measured; 0.0: not known yet
+    link_bytes_per_s: float = 0.0  # measured between a prefill worker and this one; 0.0: not known
 
     @property
     def load(self) -> int:
@@ -71,6 +102,29 @@ class Choice:
     worker_id: WorkerId
     plan: Plan | None = None  # None: RequestView.default_plan of that worker
     why: str = ""  # one line for the trace: "prefix hit 12 of 16 blocks, 3 running"
+    lane: WorkerId | None = None  # prefill worker that should have the job first; None: whichever is free
+    costs: Mapping[WorkerId, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # each candidate's terms, for the receipt
+    ttft_s: float | None = None  # predicted, where the policy predicts
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a request; times in seconds."""
+
+    request_id: RequestId
+    worker_id: WorkerId
+    plan: Plan
+    prefill_worker: WorkerId | None  # that computed the prompt, where known
+    prompt_tokens: int
+    hit_blocks: int  # predicted on `worker_id` when it was chosen
+    cached_tokens: int | None  # that the decode engine reported; None: it did not
+    ttft_s: float | None  # from the choice; None: no token came
+    itl_s: float | None  # mean gap between tokens; None: less than two came
+    output_tokens: int
+    running: int  # requests on the worker when it was chosen
+    predicted_ttft_s: float | None = None
 
 
 class Policy(Protocol):
@@ -78,6 +132,14 @@ class Policy(Protocol):
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         """Choose one of `workers` (never empty, always in the same order). `now` is monotonic seconds."""
+
+
+@runtime_checkable
+class ObservingPolicy(Policy, Protocol):
+    """A policy that learns: it is told how each request ended that any policy placed."""
+
+    def observe(self, outcome: Outcome, now: float) -> None:
+        """Cheap: called on the token path, once for each request."""
 
 
 class PolicyError(ValueError):

@@ -1,0 +1,135 @@
+"""From a request to its worker and plan: view, index and policy put together. Pure, so that a trace can be replayed on it.
+
+The router's shell and the lab ask the same object. What it knows besides the view is the work it has placed itself: the
+prompt tokens that are queued for prefill or that a decode worker still has to compute.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..bus.ids import RequestId, WorkerId
+from .index import PrefixIndex
+from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, PrefillView, RequestView, WorkerView
+from .policies.basic import LeastLoaded
+from .view import ClusterView, Member, prefill_view, worker_view
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What has to be placed."""
+
+    request_id: RequestId
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    hashes: Callable[[int], Sequence[int]]  # tokens a block -> the chained hashes of the prompt's whole blocks
+    deadline_s: float = float("inf")
+    tenant: str = ""
+    session_id: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Where it goes, and what was known when that was decided."""
+
+    choice: Choice
+    plan: Plan
+    worker: WorkerView
+    prefill_ranks: int  # tensor-parallel size of the prefill workers; 1 where none is needed
+    request: RequestView
+    candidates: tuple[WorkerView, ...]
+    is_fallback: bool  # the policy failed, least loaded chose
+
+    def outcome(
+        self, *, prefill_worker: WorkerId | None, cached_tokens: int | None, ttft_s: float | None, itl_s: float | None,
+        output_tokens: int,
+    ) -> Outcome:  # fmt: skip
+        """What became of it."""
+        return Outcome(
+            self.request.request_id, self.worker.worker_id, self.plan, prefill_worker, self.request.prompt_tokens,
+            self.worker.hit_blocks, cached_tokens, ttft_s, itl_s, output_tokens, self.worker.load, self.choice.ttft_s,
+        )  # fmt: skip
+
+
+class Chooser:
+    """Asks `policy`, and least loaded when that fails."""
+
+    def __init__(
+        self,
+        view: ClusterView,
+        index: PrefixIndex,
+        policy: Policy,
+        *,
+        local_prefill_tokens_max: int,
+        rng: random.Random,
+    ) -> None:
+        self.policy = policy
+        self.failures = 0
+        self._view = view
+        self._index = index
+        self._local_prefill_tokens_max = local_prefill_tokens_max
+        self._rng = rng
+        self._fallback = LeastLoaded()
+
+    def choose(self, ask: Ask, exclude: frozenset[WorkerId], now: float) -> Chosen | None:
+        """None when no live worker outside `exclude` serves the model."""
+        members = self._view.candidates(ask.model, exclude)
+        if not members:
+            return None
+        prefill = self._view.prefill_members(ask.model, {member.card.fingerprint for member in members})
+        hits = self._hit_blocks(ask, [*members, *prefill])
+        workers = [worker_view(member, hits.get(member.card.worker_id, 0)) for member in members]
+        request = self._request_view(ask, [prefill_view(m, hits.get(m.card.worker_id, 0)) for m in prefill])
+        choice, chosen, is_fallback = self._pick(request, workers, now)
+        plan = choice.plan or request.default_plan(chosen)
+        card = members[workers.index(chosen)].card
+        ranks = self._view.prefill_ranks(ask.model, card.fingerprint)
+        if not ranks or not card.handoff_addresses:
+            plan = "local"
+        return Chosen(choice, plan, chosen, ranks or 1, request, tuple(workers), is_fallback)
+
+    def observe(self, outcome: Outcome, now: float) -> None:
+        """Tell the policy how a request ended, if it wants to know."""
+        if isinstance(self.policy, ObservingPolicy):
+            self.policy.observe(outcome, now)
+
+    def _pick(self, request: RequestView, workers: list[WorkerView], now: float) -> tuple[Choice, WorkerView, bool]:
+        by_id = {worker.worker_id: worker for worker in workers}
+        try:
+            choice = self.policy.pick(request, workers, now, self._rng)
+            return choice, by_id[choice.worker_id], False
+        except Exception:  # A user's policy may raise anything; the request must not pay for it.
+            log.exception("policy failed, least loaded chose", extra={"request_id": request.request_id})
+            self.failures += 1
+            choice = self._fallback.pick(request, workers, now, self._rng)
+            return choice, by_id[choice.worker_id], True
+
+    def _request_view(self, ask: Ask, prefill: list[PrefillView]) -> RequestView:
+        return RequestView(
+            request_id=ask.request_id,
+            model=ask.model,
+            prompt_tokens=ask.prompt_tokens,
+            max_tokens=ask.max_tokens,
+            prefill_workers=len(prefill),
+            local_prefill_tokens_max=self._local_prefill_tokens_max,
+            tenant=ask.tenant,
+            session_id=ask.session_id,
+            priority=ask.priority,
+            deadline_s=ask.deadline_s,
+            prefill=tuple(prefill),
+        )
+
+    def _hit_blocks(self, ask: Ask, members: list[Member]) -> dict[WorkerId, int]:
+        if not len(self._index):
+            return {}
+        hits: dict[WorkerId, int] = {}
+        for block_tokens in sorted({member.card.block_tokens for member in members}):
+            hits |= self._index.hit_blocks(ask.hashes(block_tokens))
+        return hits
