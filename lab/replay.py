@@ -13,19 +13,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..bus.ids import HandoffToken, RequestId, WorkerId
-from ..bus.messages import Heartbeat, KvEvents, KvSnapshot, SamplingParams
-from ..router.chooser import Ask, Chooser, Chosen
-from ..router.config import RouterConfig
-from ..router.generation import Generation, Overloaded
-from ..router.index import PrefixIndex
-from ..router.kv_feed import KvFeed
+from ..bus.ids import WorkerId
+from ..bus.messages import Heartbeat
+from ..router.chooser import Chosen
+from ..router.generation import Overloaded
 from ..router.policies.base import load_policy
 from ..router.request import AskDecode, Assign, Instruction, Pick, PublishPrefill, Release, ReportError, RequestMachine
-from ..router.view import ClusterView
 from .engine_model import Kind, Work
-from .pool import EPOCH, SimWorker, make_worker
-from .scenario import MODEL, Outcome, ResolvedEngine, Scenario
+from .pool import SimWorker, make_worker
+from .router_model import RouterModel
+from .scenario import Outcome, ResolvedEngine, Scenario
 from .traces import Trace, Turn
 
 LLAMA_70B_KV_BYTES = 327_680
@@ -91,17 +88,11 @@ class Replay:
         self._ended = 0
         self._next_turn = 0
         self._messages: Counter[str] = Counter()
-        self._index_blocks_max = 0
         self._rng = random.Random(scenario.seed)
-        defaults = RouterConfig()
-        self._view = ClusterView(suspect_s=defaults.suspect_s, dead_s=defaults.dead_s)
-        self._index = PrefixIndex()
-        self._feeds: dict[WorkerId, KvFeed] = {}
-        self._chooser = Chooser(
-            self._view,
-            self._index,
+        self._router = RouterModel(
             load_policy(scenario.policy),
             local_prefill_tokens_max=scenario.local_prefill_tokens_max,
+            block_tokens=scenario.engine.block_tokens,
             rng=self._rng,
         )
         self._jobs: deque[Request] = deque()  # published and not pulled
@@ -133,8 +124,8 @@ class Replay:
             self._now,
             self._messages,
             events,
-            self._index_blocks_max,
-            self._chooser.failures,
+            self._router.index_blocks_max,
+            self._router.policy_failures,
         )
 
     def _at(self, when_s: float, act: Callable[..., None], *arguments: object) -> None:
@@ -179,11 +170,8 @@ class Replay:
         return decoders + prefillers
 
     def _join(self, worker: SimWorker) -> None:
-        self._view.join(worker.card, worker.heartbeat(0.0), 0.0)
-        if not worker.is_prefill:
-            feed = self._feeds[worker.worker_id] = KvFeed(self._index, worker.worker_id)
-            feed.on_snapshot(KvSnapshot(worker.worker_id, EPOCH, 0, b""))
-        else:
+        self._router.join(worker)
+        if worker.is_prefill:
             self._pulls.extend([worker] * worker.card.slots)
         # Workers did not start at the same instant.
         worker.beat_s = self._rng.random() * worker.heartbeat_s
@@ -209,18 +197,10 @@ class Replay:
     def _publish_kv(self, worker: SimWorker) -> None:
         message = worker.take_kv_events()
         if message is not None and not worker.is_prefill:
-            self._hop("kv_events", self._on_kv_events, message)
+            self._hop("kv_events", self._router.on_kv_events, message)
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self._view.heard(heartbeat, self._now)
-        if feed := self._feeds.get(heartbeat.worker_id):
-            needs_snapshot = feed.on_heartbeat(heartbeat.kv_event_seq)
-            assert not needs_snapshot, "nothing is lost here"
-
-    def _on_kv_events(self, message: KvEvents) -> None:
-        needs_snapshot = self._feeds[message.worker_id].on_events(message)
-        assert not needs_snapshot, "nothing is lost here"
-        self._index_blocks_max = max(self._index_blocks_max, len(self._index))
+        self._router.on_heartbeat(heartbeat, self._now)
 
     def _reschedule(self, worker: SimWorker) -> None:
         worker.version += 1
@@ -266,15 +246,8 @@ class Replay:
         self._ask(request)
 
     def _ask(self, request: Request) -> None:
-        turn = request.turn
-        generation = Generation(
-            RequestId(f"{request.index:032x}"),
-            MODEL,
-            b"",
-            turn.prompt_tokens,
-            SamplingParams(max_tokens=turn.output_tokens),
-            request.arrived_s + self._scenario.timeout_s,
-        )
+        deadline_s = request.arrived_s + self._scenario.timeout_s
+        generation = self._router.generation(request.index, request.turn, deadline_s)
         request.machine = RequestMachine(generation)
         self._carry_out(request, request.machine.begin())
 
@@ -301,10 +274,9 @@ class Replay:
                 case Pick(exclude=exclude):
                     todo.extend(self._pick(request, exclude))
                 case Assign(worker=worker):
-                    tokens = request.turn.prompt_tokens + request.turn.output_tokens
-                    self._view.assign(worker, request.index, -(-tokens // self._scenario.engine.block_tokens))
+                    self._router.assign(worker, request.index, request.turn)
                 case Release(worker=worker):
-                    self._view.release(worker, request.index)
+                    self._router.release(worker, request.index)
                 case AskDecode() as ask:
                     self._hop("decode_job", self._offer, request, ask)
                 case PublishPrefill():
@@ -317,22 +289,11 @@ class Replay:
 
     def _pick(self, request: Request, exclude: frozenset[WorkerId]) -> list[Instruction]:
         assert request.machine is not None
-        turn, chain = request.turn, request.chain
-        ask = Ask(
-            request_id=request.machine.generation.request_id,
-            model=MODEL,
-            prompt_tokens=turn.prompt_tokens,
-            max_tokens=turn.output_tokens,
-            hashes=lambda block_tokens: chain[: turn.prompt_tokens // block_tokens],
-            deadline_s=request.machine.generation.deadline_s,
-            session_id=turn.session,
-        )
-        chosen = request.chosen = self._chooser.choose(ask, exclude, self._now)
         request.chosen_s = self._now
-        if chosen is None:
-            return request.machine.nothing_to_pick()
-        token = HandoffToken(request.index.to_bytes(16, "little"))
-        return request.machine.picked(chosen.choice.worker_id, chosen.plan, chosen.choice.why, token)
+        request.chosen, instructions = self._router.pick(
+            request.machine, request.turn, request.chain, exclude, self._now
+        )
+        return instructions
 
     def _not_started(self, request: Request, retry_after_s: float | None) -> None:
         """A client that is told to come back does, until its time is over."""
@@ -503,14 +464,15 @@ class Replay:
         assert work is not None
         assert request.first_s is not None
         gaps = request.turn.output_tokens - 1
-        outcome = chosen.outcome(
-            prefill_worker=machine.prefilled_by,
-            cached_tokens=work.cached_tokens,
+        self._router.observe(
+            chosen,
+            machine.prefilled_by,
+            work.cached_tokens,
             ttft_s=request.first_s - request.chosen_s,
             itl_s=(self._now - request.first_s) / gaps if gaps else None,
             output_tokens=request.turn.output_tokens,
+            now=self._now,
         )
-        self._chooser.observe(outcome, self._now)
         self._carry_out(request, machine.ended())
         del self._live[request.index]
         self._end(request, "ok")
