@@ -112,6 +112,7 @@ class EngineModel:
         self._steps_max = steps_max
         self._landed: list[Work] = []
         self._run: _Run | None = None
+        self._is_closed = False  # to those who wait, for this step
 
     # ---- what happens
 
@@ -202,7 +203,7 @@ class EngineModel:
 
     def _steps_alone(self) -> int:
         """Steps until a request makes its first or last token or blocks run out, at least 1."""
-        if any(work.first_s is None for work in self.decoding):
+        if self._is_closed or any(work.first_s is None for work in self.decoding):
             return 1
         steps = min(self._steps_max, min([work.output_tokens - work.made for work in self.decoding]))
         free = self.pool.free_blocks
@@ -311,7 +312,9 @@ class EngineModel:
                 budget -= tokens
         if self.preemptions > preempted:
             parts = [(work, tokens) for work, tokens in parts if work.blocks]
-        else:
+        # Nobody is admitted into a step that had to preempt, unless it would be empty; the next step may.
+        self._is_closed = self.preemptions > preempted and bool(parts or self.decoding)
+        if not self._is_closed:
             self._admit(parts, budget, now)
         return parts
 
