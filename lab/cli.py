@@ -150,9 +150,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _trace(options: argparse.Namespace) -> Trace:
+    from .synthetic import PREFIX, synthetic
     from .traces import read_trace
 
-    trace = read_trace(Path(options.trace), as_stamped=options.as_stamped)
+    is_made = options.trace.startswith(PREFIX)
+    trace = synthetic(options.trace) if is_made else read_trace(Path(options.trace), as_stamped=options.as_stamped)
     trace = trace.first(options.requests) if options.requests else trace
     trace = trace.faster(options.speedup) if options.speedup != 1.0 else trace
     trace = trace.resized(options.resize) if options.resize != 1.0 else trace

@@ -238,7 +238,7 @@ def _read_sessions(path: Path, text: str) -> list[Turn]:
         if session not in last:
             turn = Turn(_ms(path, number, record, "timestamp"), tokens, output, (span,), answer, session)
         else:
-            turn = _next_turn(
+            turn = next_turn(
                 turns,
                 last[session],
                 span,
@@ -252,7 +252,7 @@ def _read_sessions(path: Path, text: str) -> list[Turn]:
     return turns
 
 
-def _next_turn(
+def next_turn(
     turns: Sequence[Turn], before: int, span: Span, tokens: int, *, output: int, answer: int, think_s: float
 ) -> Turn:
     """The conversation so far, its answer, and what is new."""

@@ -63,7 +63,9 @@ def engine(
     return model, ears
 
 
-def work(key: int, prompt: int, output: int, *, kind: str = "local", chain_of: int | None = None, shared: int = 0) -> Work:
+def work(
+    key: int, prompt: int, output: int, *, kind: str = "local", chain_of: int | None = None, shared: int = 0
+) -> Work:
     """A request whose first `shared` blocks are those of chain `chain_of`."""
     whole = (prompt + output) // BLOCK
     chain = [1000 * (chain_of or 0) + i if i < shared else 10**6 * (key + 1) + i for i in range(whole)]
@@ -164,7 +166,10 @@ def test_a_shared_prefix_is_computed_once():
     model, ears = engine()
     first, second = work(0, 40, 1, chain_of=7, shared=10), work(1, 40, 1, chain_of=7, shared=10)
     play(model, ears, [(0.0, first), (5.0, second)])
-    assert (first.cached_tokens, second.cached_tokens) == (0, 36)  # The last block holds the token that must be computed.
+    assert (first.cached_tokens, second.cached_tokens) == (
+        0,
+        36,
+    )  # The last block holds the token that must be computed.
 
 
 def test_remote_work_computes_one_token_of_its_prompt():
@@ -204,7 +209,9 @@ def loads(draw: st.DrawFn) -> list[tuple[float, Work]]:
         prompt, output = rng.randint(1, 60), rng.randint(1, 50)
         kind = rng.choice(["local", "local", "remote", "prefill"])
         shared = rng.randint(0, prompt // BLOCK)
-        arrivals.append((rng.random() * 1.5, work(key, prompt, output, kind=kind, chain_of=rng.randint(1, 2), shared=shared)))
+        arrivals.append(
+            (rng.random() * 1.5, work(key, prompt, output, kind=kind, chain_of=rng.randint(1, 2), shared=shared))
+        )
     return arrivals
 
 

@@ -44,7 +44,9 @@ def test_mooncakes_hash_ids_are_shared_prefixes_at_any_block_size(tmp_path: Path
     assert (first.prompt_tokens, first.output_tokens, second.output_tokens) == (1300, 5, 1)
     for block_tokens in (16, 48, 64, 512, 1024):
         chains = [turn.chain(block_tokens) for turn in trace.turns]
-        assert [len(chain) for chain in chains] == [(t.prompt_tokens + t.output_tokens) // block_tokens for t in trace.turns]
+        assert [len(chain) for chain in chains] == [
+            (t.prompt_tokens + t.output_tokens) // block_tokens for t in trace.turns
+        ]
         assert common(chains[0], chains[1]) == 1024 // block_tokens
         assert common(chains[0], chains[2]) == 512 // block_tokens
         assert len(set(chains[0])) == len(chains[0])
@@ -72,7 +74,10 @@ def test_azure_and_vidur_give_times_and_lengths(tmp_path: Path):
     ]
     assert common(azure[0].chain(64), azure[1].chain(64)) == 0
     vidur = read(tmp_path, VIDUR).turns
-    assert [(turn.arrival_s, turn.prompt_tokens, turn.output_tokens) for turn in vidur] == [(0.0, 3772, 54), (1.0, 2015, 156)]
+    assert [(turn.arrival_s, turn.prompt_tokens, turn.output_tokens) for turn in vidur] == [
+        (0.0, 3772, 54),
+        (1.0, 2015, 156),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,9 @@ def test_the_ideal_is_what_one_endless_cache_would_have_had(tmp_path: Path):
 @given(
     prompt=st.integers(1, 5000), output=st.integers(1, 300), block_tokens=st.integers(1, 700), cut=st.integers(0, 5000)
 )
-def test_a_block_is_equal_exactly_when_everything_before_its_end_is(prompt: int, output: int, block_tokens: int, cut: int):
+def test_a_block_is_equal_exactly_when_everything_before_its_end_is(
+    prompt: int, output: int, block_tokens: int, cut: int
+):
     """Two prompts of 512-token ids that part at `cut`."""
     whole = -(-prompt // 512)
     cut = min(cut // 512, whole)
