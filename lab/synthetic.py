@@ -35,7 +35,7 @@ class Shape:
 def synthetic(text: str) -> Trace:
     """The trace that `text` describes, always the same for the same text. Raises TraceError."""
     kind, *settings = text.removeprefix(PREFIX).split(",")
-    known = {field.name: type(field.default) for field in fields(Shape)}
+    known = {field.name: int if isinstance(field.default, int) else float for field in fields(Shape)}
     values: dict[str, float] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
