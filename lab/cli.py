@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 if TYPE_CHECKING:
+    from .measure import Summary
     from .scenario import Engine, Scenario, Slo
     from .traces import Trace
 
@@ -235,6 +237,18 @@ def _run(options: argparse.Namespace) -> int:
     print(table(summaries))
     if options.json:
         write_json(Path(options.json), summaries)
+    return _report(options, f"{trace.name} on a simulated pool", summaries) if options.html else 0
+
+
+def _report(options: argparse.Namespace, title: str, summaries: list[Summary]) -> int:
+    from .report import NoMatplotlib, write_report
+
+    try:
+        write_report(Path(options.html), title, shlex.join(["hocket", *sys.argv[1:]]), summaries)
+    except (NoMatplotlib, OSError) as error:
+        print(f"hocket lab: {error}", file=sys.stderr)
+        return 1
+    print(f"report: {options.html}")
     return 0
 
 

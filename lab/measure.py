@@ -14,6 +14,10 @@ from .scenario import Scenario, Slo
 from .traces import Trace
 
 PERCENTILES = (50, 90, 99)
+CURVE_POINTS = 200
+
+Curve = tuple[list[float], list[float]]
+"""x and y; of a distribution: a value, and the share that is not above it."""
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -60,6 +64,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     events: int
     gpus: int
+    busy_workers: list[float]  # each one's share of the time in which it computes, prefill workers last
+    ttft_curve: Curve
+    tpot_curve: Curve
+    in_flight_curve: Curve  # seconds; requests that have arrived and not ended
     wall_s: float = 0.0
     rss_mib: int = 0
 
@@ -73,6 +81,8 @@ def summarize(replayed: Replayed, trace: Trace, ideal_hit_tokens: int) -> Summar
     good = sum(is_good(request, scenario.slo) for request in done)
     duration_s = max(replayed.duration_s, 1e-9)
     gpus = gpus_of(scenario)
+    waits = [ttft_s(request) for request in done]
+    gaps = [gap for request in done if (gap := tpot_s(request)) is not None]
     messages = replayed.messages
     return Summary(
         label=scenario.label,
@@ -81,9 +91,9 @@ def summarize(replayed: Replayed, trace: Trace, ideal_hit_tokens: int) -> Summar
         requests=len(replayed.requests),
         failed=len(replayed.requests) - len(done),
         refusals=sum(request.refusals for request in replayed.requests),
-        ttft_s=spread_of([ttft_s(request) for request in done]),
+        ttft_s=spread_of(waits),
         itl_s=_spread_of_gaps(replayed),
-        tpot_s=spread_of([gap for request in done if (gap := tpot_s(request)) is not None]),
+        tpot_s=spread_of(gaps),
         e2e_s=spread_of([e2e_s(request) for request in done]),
         goodput=good / max(len(replayed.requests), 1),
         good_per_s=good / duration_s,
@@ -107,6 +117,10 @@ def summarize(replayed: Replayed, trace: Trace, ideal_hit_tokens: int) -> Summar
         duration_s=replayed.duration_s,
         events=replayed.events,
         gpus=gpus,
+        busy_workers=[worker.engine.busy_s / duration_s for worker in replayed.workers],
+        ttft_curve=_distribution(waits),
+        tpot_curve=_distribution(gaps),
+        in_flight_curve=_in_flight(replayed.requests),
     )
 
 
@@ -181,3 +195,18 @@ def _spread_of_gaps(replayed: Replayed) -> Spread:
 def _busy(replayed: Replayed, role: str | None) -> float:
     busy_s = [worker.engine.busy_s for worker in replayed.workers if role in (None, worker.card.role)]
     return sum(busy_s) / len(busy_s) / max(replayed.duration_s, 1e-9) if busy_s else 0.0
+
+
+def _distribution(values: Sequence[float]) -> Curve:
+    if not values:
+        return [], []
+    shares = np.linspace(0, 1, min(CURVE_POINTS, len(values)))
+    return np.quantile(values, shares).tolist(), shares.tolist()
+
+
+def _in_flight(requests: Sequence[Request]) -> Curve:
+    begins = np.sort([request.arrived_s for request in requests])
+    ends = np.sort([request.end_s or 0.0 for request in requests])
+    times = np.linspace(0, ends[-1] if len(ends) else 0.0, CURVE_POINTS)
+    held = np.searchsorted(begins, times, side="right") - np.searchsorted(ends, times, side="right")
+    return times.tolist(), held.astype(float).tolist()
