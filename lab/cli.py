@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .chaos_cli import add_chaos_commands
+
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_pool(run)
     _add_engine(run)
     _add_output(run)
+    add_chaos_commands(actions)
 
 
 def _command(

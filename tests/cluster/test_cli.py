@@ -31,6 +31,8 @@ COMMANDS = (
     "model",
     "model demo",
     "model path",
+    "lab",
+    "lab diff",
 )
 HEAVY = (
     "vllm",
