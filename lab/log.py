@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..bus.base import Delivery
+
 
 class EventLog:
     """Lines "seconds who what", in the order in which things happened."""
@@ -11,6 +13,10 @@ class EventLog:
     def __init__(self, now: Callable[[], float]) -> None:
         self.lines: list[str] = []
         self._now = now
+
+    def message(self, who: str, delivery: Delivery) -> None:
+        """A core message at the server."""
+        self.lines.append(f"{self._now():11.6f} {who:<14} > {delivery.subject} {len(delivery.payload)} B")
 
     def add(self, who: str, what: str) -> None:
         """Something has happened."""

@@ -166,7 +166,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     create_server = create_datagram_endpoint = getaddrinfo = subprocess_exec = create_connection
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.pop(task, None)  # type: ignore[arg-type]  # Every task of ours is a _Task.
+        self._tasks.pop(task, None)  # type: ignore[call-overload]  # Every task of ours is a _Task.
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Cancelled timers are skipped when they come due."""
@@ -200,7 +200,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 if handle.cancelled():
                     continue
                 count += 1
-                process = handle._context.get(_current)  # type: ignore[attr-defined]  # CPython's since 3.7.
+                process = handle._context.get(_current)  # type: ignore[attr-defined]  # Kept there since Python 3.7.
                 if process is not None and (process.is_dead or process.is_paused):
                     process.hold(handle)
                 else:
@@ -217,7 +217,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # As asyncio.gather does.
             coro = task.get_coro()
             with contextlib.suppress(BaseException):  # Its `finally` meets a world that is gone.
-                coro.close()  # type: ignore[union-attr]  # A task runs a coroutine.
+                coro.close()  # type: ignore[union-attr,unused-ignore]  # A task runs a coroutine.
         self._tasks.clear()
 
 
