@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
@@ -72,7 +72,7 @@ class Shape:
     max_deliver: int = 4
 
 
-@dataclass(slots=True)
+@dataclass
 class Request:
     """What a client asks, and what it got."""
 
@@ -85,7 +85,7 @@ class Request:
     ends: list[str] = field(default_factory=list)  # exactly one, at last
     ended_s: float = 0.0
 
-    @property
+    @cached_property
     def right_answer(self) -> list[int]:
         """From the prompt alone."""
         return expected_tokens(self.prompt, self.sampling, planes=LAYERS, vocabulary=VOCABULARY)
@@ -151,6 +151,10 @@ class Member:
         self.process.kill()
         self.house.broker.leave(self.bus)
         self.house.net.on_killed(self.process)
+
+    def leaks(self) -> list[str]:
+        """What is held though nothing is to do."""
+        raise NotImplementedError
 
 
 class WorkerMember(Member):
@@ -220,6 +224,7 @@ class WorkerMember(Member):
         if task.result() and self.is_asked and self.house.is_calm:
             self.house.violate(f"{self.name} was asked to stop and exited with {task.result()}")
         self.house.loop.call_soon(self.kill)  # Its sockets end with it.
+        self.house.restart(self)
 
     def leaks(self) -> list[str]:
         """What is held though nothing is to do."""
@@ -340,15 +345,17 @@ class House:
         self.workers: list[WorkerMember] = []  # every incarnation
         self.routers: list[RouterMember] = []
         self.is_calm = False  # no fault is at work any more
+        self.is_stopping = False
         loop.set_exception_handler(self._on_exception)
 
-    async def start(self) -> None:
-        """Everything that the shape names, until it is ready."""
+    async def start(self, skews_s: Sequence[float] = ()) -> None:
+        """Everything that the shape names, until it is ready; `skews_s` are of each worker's wall clock."""
+        skews = iter(skews_s)
         for number in range(self.shape.routers):
             self.routers.append(RouterMember(self, number))
         for role, count in (("prefill", self.shape.prefill), ("decode", self.shape.decode)):
             for number in range(count):
-                self.start_worker(role, number)
+                self.start_worker(role, number, clock_skew_s=next(skews, 0.0))
         await asyncio.sleep(1.0)
 
     def start_worker(self, role: str, number: int, *, clock_skew_s: float = 0.0) -> WorkerMember:
@@ -357,11 +364,17 @@ class House:
         self.workers.append(worker)
         return worker
 
-    def start_router(self, number: int) -> RouterMember:
-        """A new incarnation."""
-        router = RouterMember(self, number)
-        self.routers.append(router)
-        return router
+    def restart(self, member: Member, after_s: float = RESTART_S) -> None:
+        """Another incarnation of a dead member, as a supervisor starts it."""
+        self.loop.call_later(after_s, self._restart, member)
+
+    def _restart(self, member: Member) -> None:
+        if self.is_stopping:
+            return
+        if isinstance(member, WorkerMember):
+            self.start_worker(member.role, member.number)
+        elif isinstance(member, RouterMember):
+            self.routers.append(RouterMember(self, member.number))
 
     @property
     def live_workers(self) -> list[WorkerMember]:
@@ -401,6 +414,7 @@ class House:
 
     async def stop(self) -> None:
         """Ask every worker to stop, and end the routers."""
+        self.is_stopping = True
         for worker in self.live_workers:
             worker.ask_to_stop()
         await asyncio.sleep(15.0)
