@@ -40,7 +40,7 @@ class MemoryBroker:
         self._buses: dict[MemoryBus, None] = {}
         self._bus_numbers = itertools.count(1)
         self.is_running = True
-        self.store = MemoryStore(self, jobs or JobLimits())
+        self.store: MemoryStore = MemoryStore(self, jobs or JobLimits())
         self.cards: dict[WorkerId, bytes] = {}
         self.handler_errors = 0
 

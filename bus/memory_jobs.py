@@ -90,6 +90,15 @@ class MemoryStore:
             job.timer.cancel()
         return True
 
+    def acked(self, sequence: int, bus: MemoryBus) -> None:
+        """This bus says that the effect has happened."""
+        self.remove(sequence)
+
+    def payload(self, sequence: int) -> bytes | None:
+        """A job that is stored."""
+        job = self._jobs.get(sequence)
+        return None if job is None else job.payload
+
     def extend(self, sequence: int) -> None:
         """Restart the wait for an ack."""
         job = self._jobs.get(sequence)
@@ -383,7 +392,9 @@ class MemoryJob:
 
     async def ack(self) -> None:
         """Returns when the queue has removed the job."""
-        await confirmed(self._bus, lambda: self._store.remove(self.sequence), f"the ack of job {self.sequence}")
+        await confirmed(
+            self._bus, partial(self._store.acked, self.sequence, self._bus), f"the ack of job {self.sequence}"
+        )
 
     async def nak(self, delay_s: float = 0.0) -> None:
         """Give it back; unheard, it comes again after `ack_wait_s`."""
@@ -400,7 +411,7 @@ class MemoryJob:
 
     async def term(self, reason: str) -> None:
         """Remove it without an effect."""
-        await self.ack()
+        await confirmed(self._bus, partial(self._store.remove, self.sequence), f"the end of job {self.sequence}")
 
 
 async def confirmed(

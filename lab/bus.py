@@ -17,6 +17,7 @@ from ..bus.base import BusError, Delivery
 from ..bus.client import PING_INTERVAL_S, RECONNECT_WAIT_S
 from ..bus.jobs import JobLimits
 from ..bus.memory_bus import MemoryBroker, MemoryBus
+from ..bus.memory_jobs import MemoryStore
 from .log import EventLog
 from .loop import Process, VirtualLoop
 
@@ -32,11 +33,26 @@ class BusFaults:
     pending_max: int = 2000  # messages for a process that does not read; one more and the server cuts it off
 
 
+class LabStore(MemoryStore):
+    """The work queue, which tells of each ack: `on_ack(bus, payload of the job)`."""
+
+    on_ack: Callable[[LabBus, bytes], None] = staticmethod(lambda bus, payload: None)
+
+    def acked(self, sequence: int, bus: MemoryBus) -> None:
+        """As every store, and tell it."""
+        payload = self.payload(sequence)
+        if payload is not None:
+            assert isinstance(bus, LabBus)
+            self.on_ack(bus, payload)
+        super().acked(sequence, bus)
+
+
 class LabBroker(MemoryBroker):
     """The server: a process of its own that is never paused, only stopped."""
 
     def __init__(self, loop: VirtualLoop, rng: random.Random, log: EventLog, *, jobs: JobLimits | None = None) -> None:
         super().__init__(jobs=jobs, clock=loop.time)
+        self.store: LabStore = LabStore(self, jobs or JobLimits())
         self.faults = BusFaults()
         self.log = log
         self.rng = rng

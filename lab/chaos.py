@@ -325,6 +325,8 @@ async def play(loop: VirtualLoop, plan: Plan, log: EventLog) -> House:
         log.add("fault", "all ended")
         await asyncio.sleep(CALM_S)
         house.is_calm = True
+        for stale in house.stale_members():
+            house.violate(stale)
         await _prove_alive(house, plan)
         await _settle(house)
         await house.stop()

@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from ..bus.base import BusError
 from ..bus.ids import RequestId, RouterId
 from ..bus.jobs import JobLimits
-from ..bus.messages import SamplingParams, WorkerCard, pack_tokens
+from ..bus.messages import PrefillJob, SamplingParams, WorkerCard, decode, pack_tokens
 from ..router.api.stream import Stream, TokenPath
 from ..router.config import RouterConfig
 from ..router.generation import Failure, Generation, RouterError
@@ -346,6 +346,7 @@ class House:
         self.routers: list[RouterMember] = []
         self.is_calm = False  # no fault is at work any more
         self.is_stopping = False
+        self.broker.store.on_ack = self._on_ack
         loop.set_exception_handler(self._on_exception)
 
     async def start(self, skews_s: Sequence[float] = ()) -> None:
@@ -404,6 +405,23 @@ class House:
         """An invariant does not hold."""
         self.log.add("INVARIANT", what)
         self.violations.append(f"{self.loop.time():.6f} s: {what}")
+
+    def _on_ack(self, bus: LabBus, payload: bytes) -> None:
+        """A job is acked after its effect, never while it is at work."""
+        job = decode(payload)
+        worker = next((worker for worker in self.workers if worker.bus is bus), None)
+        if worker is not None and isinstance(job, PrefillJob) and worker.engine.is_at(job.request_id):
+            self.violate(f"{worker.name} acked {job.request_id} before it was done")
+
+    def stale_members(self) -> list[str]:
+        """Workers that a router counts on, and that are dead; once every silence was long enough."""
+        alive = {worker.name for worker in self.live_workers}
+        return [
+            f"{router.name} counts on {member.card.worker_id}, which is dead"
+            for router in self.live_routers
+            for member in router.router.membership.view.members()
+            if member.card.worker_id not in alive
+        ]
 
     def leaks(self) -> list[str]:
         """What is held though nothing is to do."""
