@@ -87,6 +87,9 @@ def draw(seed: int) -> Plan:
         handoff_timeout_s=rng.choice((1.0, 3.0, 8.0)),
         is_direct=rng.random() < 0.7,
         max_deliver=rng.choice((2, 4)),
+        ack_wait_s=rng.choice((15.0, 15.0, 3.0, 1.0)),
+        link_bytes_per_s=rng.choice((1e9, 1e5, 1e4, 2e3)),  # a token's KV is 16 B
+        link_latency_s=rng.choice((0.0002, 0.005)),
     )
     begin_s, end_s = FAULTS_S
     faults = []

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -29,8 +31,9 @@ from ..router.metrics import RouterMetrics
 from ..router.policies.base import load_policy
 from ..router.router import Router
 from ..router.text.detokenize import TableDetokenizer, TokenTable
-from ..transport.base import KvPool
+from ..transport.base import Expectation, Extent, KvPool, ReceiveEnd
 from ..transport.endpoint import HandoffEndpoint
+from ..transport.links.cursor import address_of
 from ..transport.mover import DirectMover, Mover
 from ..transport.movers import mover_for
 from ..transport.pool import HostKvPool
@@ -68,6 +71,9 @@ class Shape:
     prefill_ms_per_token: float = 1.0
     itl_ms: float = 20.0
     handoff_timeout_s: float = 8.0
+    ack_wait_s: float = 15.0
+    link_bytes_per_s: float = 1e9
+    link_latency_s: float = 0.0002
     is_direct: bool = True  # links write into the blocks themselves, not into staging memory
     max_deliver: int = 4
 
@@ -132,6 +138,23 @@ class Recorder:
         self.ended.set()
 
 
+class _Endpoint(HandoffEndpoint):
+    """Tells the house what has landed."""
+
+    def __init__(self, house: House, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._house = house
+
+    def expect(self, expectation: Expectation, on_end: Callable[[ReceiveEnd], None]) -> None:
+        """As every endpoint."""
+
+        def ended(end: ReceiveEnd) -> None:
+            self._house.on_received(end)
+            on_end(end)
+
+        super().expect(expectation, ended)
+
+
 class Member:
     """A process of the pool."""
 
@@ -185,15 +208,25 @@ class WorkerMember(Member):
             epoch=self.identity.epoch,
             transports=[LabTransport(house.net, self.process)],
             make_endpoint=partial(
-                HandoffEndpoint, clock=loop.time, nonce=rng.randbytes(16), make_mover=_mover_of(shape)
+                _Endpoint, house, clock=loop.time, nonce=rng.randbytes(16), make_mover=_mover_of(shape)
             ),
         )
+        house.by_process[self.process] = self
+        layers = [self.engine.kv.pools[0].buffers([Extent(n, tuple(range(shape.kv_blocks)))])[0] for n in range(LAYERS)]
+        self._layers = [(address_of(layer), layer.nbytes) for layer in layers]
         self.card: WorkerCard | None = None
         self.stop = asyncio.Event()
         self.is_asked = False
         self._clocks = Clocks(loop.time, lambda: loop.time() + clock_skew_s)
         self.task = self.process.start(self._run(), "worker")
         self.task.add_done_callback(self._on_exit)
+
+    def block_at(self, address: int) -> int | None:
+        """The KV block that lies there; None for other memory."""
+        for start, nbytes in self._layers:
+            if start <= address < start + nbytes:
+                return (address - start) * self.config.kv_blocks // nbytes
+        return None
 
     async def _run(self) -> int:
         return await run_worker(
@@ -339,8 +372,14 @@ class House:
 
     def __init__(self, loop: VirtualLoop, rng: random.Random, shape: Shape, log: EventLog) -> None:
         self.loop, self.rng, self.shape, self.log = loop, rng, shape, log
-        self.broker = LabBroker(loop, rng, log, jobs=JobLimits(max_deliver=shape.max_deliver))
+        self.broker = LabBroker(
+            loop, rng, log, jobs=JobLimits(max_deliver=shape.max_deliver, ack_wait_s=shape.ack_wait_s)
+        )
         self.net = Network(loop, rng)
+        self.net.faults.bytes_per_s, self.net.faults.latency_s = shape.link_bytes_per_s, shape.link_latency_s
+        self.net.on_access = self._on_access
+        self._landed: set[bytes] = set()  # tokens of hand-offs
+        self.by_process: dict[Process, WorkerMember] = {}
         self.violations: list[str] = []
         self.workers: list[WorkerMember] = []  # every incarnation
         self.routers: list[RouterMember] = []
@@ -406,12 +445,23 @@ class House:
         self.log.add("INVARIANT", what)
         self.violations.append(f"{self.loop.time():.6f} s: {what}")
 
+    def on_received(self, end: ReceiveEnd) -> None:
+        """A decode worker's expectation has ended."""
+        if end.is_landed:
+            self._landed.add(end.token)
+
     def _on_ack(self, bus: LabBus, payload: bytes) -> None:
-        """A job is acked after its effect, never while it is at work."""
+        """A job is acked after its effect."""
         job = decode(payload)
-        worker = next((worker for worker in self.workers if worker.bus is bus), None)
-        if worker is not None and isinstance(job, PrefillJob) and worker.engine.is_at(job.request_id):
-            self.violate(f"{worker.name} acked {job.request_id} before it was done")
+        if isinstance(job, PrefillJob) and job.handoff_token not in self._landed:
+            self.violate(f"{bus.process.name} acked {job.request_id}.{job.attempt}, whose KV has not landed")
+
+    def _on_access(self, process: Process, place: memoryview) -> None:
+        """A link reads or writes blocks: somebody must still hold them."""
+        worker = self.by_process[process]
+        block = worker.block_at(address_of(np.frombuffer(place, np.uint8)))
+        if block is not None and not worker.engine.is_held(block):
+            self.violate(f"a link moves block {block} of {worker.name}, which nobody holds")
 
     def stale_members(self) -> list[str]:
         """Workers that a router counts on, and that are dead; once every silence was long enough."""
@@ -454,7 +504,8 @@ class House:
         process = getattr(task, "process", None)
         if "never retrieved" in str(context["message"]) and (process is None or process.is_dead):
             return  # Of a process that was killed.
-        self.violate(f"{context['message']}: {context.get('exception')!r}")
+        # The message names callbacks by their addresses in memory: another run has others.
+        self.violate(repr(context.get("exception") or context["message"]))
 
     @contextmanager
     def logging(self, level: int = logging.INFO) -> Iterator[None]:

@@ -42,6 +42,7 @@ class Network:
         self.wires: dict[Wire, None] = {}  # those that are up, oldest first
         self.listeners: dict[str, LabListener] = {}
         self.numbers = itertools.count(1)
+        self.on_access: Callable[[Process, memoryview], None] = lambda process, place: None  # bytes read or written
 
     def on_killed(self, process: Process) -> None:
         """A process has died: its peers see the end of their links soon after."""
@@ -279,6 +280,8 @@ class LabLink:
         while nbytes:
             (piece,) = source.views(nbytes, 1)
             (place,) = target.views(piece.nbytes, 1)
+            self._net.on_access(self.process, place)
+            self._net.on_access(self.other.process, piece)
             place[:] = piece[: place.nbytes]
             if self.wire.corrupt_messages and source.left_bytes == place.nbytes:
                 self.wire.corrupt_messages -= 1

@@ -150,10 +150,9 @@ class SimEngine:
         finally:
             self._drop(work)
 
-    def is_at(self, request_id: str) -> bool:
-        """Whether a task of this request has not ended."""
-        works = (*self._scheduler.active, *self._scheduler.waiting)
-        return any(work.task.request_id == request_id and not work.done.done() for work in works)
+    def is_held(self, block: int) -> bool:
+        """Whether some task has this block of the KV."""
+        return self._scheduler.blocks.is_held(block)
 
     def load(self) -> EngineLoad:
         return EngineLoad(len(self._scheduler.active), len(self._scheduler.waiting), self._scheduler.blocks.free_blocks)
