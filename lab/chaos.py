@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..bus.messages import SamplingParams
-from .house import VOCABULARY, House, Member, Request, Shape
+from .clients import VOCABULARY, Request
+from .house import House
 from .log import EventLog
 from .loop import Deadlock, VirtualLoop, run
+from .members import Member, Shape
 
 FAULTS_S = (2.0, 14.0)  # when they begin and, at the latest, end
 CALM_S = 8.0  # after the last fault: dead workers are noticed, new ones known

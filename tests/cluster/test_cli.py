@@ -33,6 +33,8 @@ COMMANDS = (
     "model path",
     "lab",
     "lab diff",
+    "lab chaos",
+    "lab run",
 )
 HEAVY = (
     "vllm",

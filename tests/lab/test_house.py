@@ -7,9 +7,11 @@ import random
 from collections.abc import Awaitable, Callable
 
 from hocket.bus.messages import SamplingParams
-from hocket.lab.house import VOCABULARY, House, Request, Shape
+from hocket.lab.clients import VOCABULARY, Request
+from hocket.lab.house import House
 from hocket.lab.log import EventLog
 from hocket.lab.loop import VirtualLoop, run
+from hocket.lab.members import Shape
 
 LONG = SamplingParams(max_tokens=30)
 
