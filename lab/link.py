@@ -240,7 +240,8 @@ class LabLink:
         self._on_control(payload)
 
     def _arrive(self, tag: int, message: _Message, arrived_bytes: int) -> None:
-        if self._error is not None:
+        # What its sender has given up was not read: those buffers are its own again.
+        if self._error is not None or self.other._error is not None:
             return
         message.arrived_bytes = arrived_bytes
         self._arriving[tag] = message
@@ -248,7 +249,7 @@ class LabLink:
 
     def _match(self, tag: int) -> None:
         message, posted = self._arriving.get(tag), self._receives.get(tag)
-        if message is None or posted is None:
+        if message is None or posted is None or self.other._error is not None:
             return
         place, done = posted
         if message.target is None:
