@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..bus.base import BusError
@@ -15,7 +15,7 @@ from ..bus.messages import WorkerCard
 from ..router.api.stream import TokenPath
 from ..router.config import RouterConfig
 from ..router.metrics import RouterMetrics
-from ..router.policies.base import load_policy
+from ..router.policies.base import Policy, load_policy
 from ..router.router import Router
 from ..transport.base import Expectation, Extent, KvPool, ReceiveEnd
 from ..transport.endpoint import HandoffEndpoint
@@ -221,7 +221,7 @@ class RouterMember(Member):
         self.router = Router(
             self.config,
             self.bus,
-            load_policy(shape.policy),
+            _policy_class(shape.policy)(),
             router_id=RouterId(self.name),
             served_name=MODEL,
             metrics=RouterMetrics(),
@@ -280,6 +280,12 @@ class RouterMember(Member):
         held = {member.card.worker_id: dict(member.in_flight) for member in self.router.membership.view.members()}
         found += [f"{self.name} counts {streams} on {worker}" for worker, streams in held.items() if streams]
         return found
+
+
+@cache
+def _policy_class(name: str) -> type[Policy]:
+    """Looked up once: entry points are read from hundreds of files."""
+    return type(load_policy(name))
 
 
 def _mover_of(shape: Shape) -> partial[Mover]:
