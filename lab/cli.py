@@ -31,6 +31,14 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_engine(run)
     _add_output(run)
 
+    plan = _command(actions, "plan", "how many GPUs a trace needs under an SLO, and whether to disaggregate", _plan)
+    _add_trace(plan)
+    _add_router(plan)
+    _add_engine(plan)
+    share = "share of the requests that must keep the SLO (default: 0.9)"
+    plan.add_argument("--good", type=_positive, default=0.9, metavar="SHARE", help=share)
+    _add_output(plan)
+
 
 def _command(
     actions: argparse._SubParsersAction[Parser], name: str, summary: str, act: Callable[[argparse.Namespace], int]
@@ -92,7 +100,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pool(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pool and router (flags marked + may be repeated: every combination is run)")
+    group = parser.add_argument_group("pool (flags marked + may be repeated: every combination is run)")
     group.add_argument(
         "--workers", type=_count, action="append", metavar="N", help="+ workers that do both (default: 16)"
     )
@@ -102,7 +110,12 @@ def _add_pool(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decode", type=_count, action="append", metavar="Y", help="+ decode workers; one --prefill each"
     )
-    policy = "+ round_robin, least_loaded, kv, module:Class or file.py:Class (default: those three)"
+    _add_router(parser)
+
+
+def _add_router(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("router and links (+ may be repeated by hocket lab run)")
+    policy = "+ round_robin, least_loaded, kv, module:Class or file.py:Class (default: those three; plan: kv)"
     group.add_argument("--policy", action="append", metavar="NAME", help=policy)
     link = "+ GB/s of each worker's link, in and out (default: 64)"
     group.add_argument("--link-gb-per-s", type=_positive, action="append", metavar="GB", help=link)
@@ -125,6 +138,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", default="mocker", metavar="NAME", help=profile)
     group.add_argument(
         "--prefill-profile", default="", metavar="NAME", help="of prefill workers (default: as --profile)"
+    )
+    group.add_argument(
+        "--tp", type=_count, default=1, metavar="N", help="GPUs of one worker, profiles only (default: 1)"
+    )
+    group.add_argument(
+        "--prefill-tp", type=_count, default=0, metavar="N", help="of a prefill worker (default: as --tp)"
     )
     group.add_argument("--block-tokens", type=_count, default=64, metavar="N", help="tokens a KV block (default: 64)")
     group.add_argument(
@@ -163,11 +182,12 @@ def _trace(options: argparse.Namespace) -> Trace:
     return trace.closed() if options.closed_loop else trace
 
 
-def _engine(options: argparse.Namespace, profile: str) -> Engine:
+def _engine(options: argparse.Namespace, profile: str, tp: int) -> Engine:
     from .scenario import Engine
 
     return Engine(
         profile=profile,
+        tp=tp,
         block_tokens=options.block_tokens,
         kv_blocks=options.kv_blocks,
         slots=options.slots,
@@ -198,8 +218,10 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
             decode=y,
             prefill=x,
             policy=policy,
-            engine=_engine(options, options.profile),
-            prefill_engine=_engine(options, options.prefill_profile) if options.prefill_profile else None,
+            engine=_engine(options, options.profile, options.tp),
+            prefill_engine=_engine(
+                options, options.prefill_profile or options.profile, options.prefill_tp or options.tp
+            ),
             prefill_slots=options.prefill_slots,
             link_gb_per_s=link,
             local_prefill_tokens_max=local,
@@ -228,6 +250,7 @@ def _run(options: argparse.Namespace) -> int:
         for scenario in scenarios:
             load_policy(scenario.policy)
             scenario.engine.resolved()
+            (scenario.prefill_engine or scenario.engine).resolved()
     except (TraceError, PolicyError, ProfileError, ValueError) as error:
         print(f"hocket lab: {error}", file=sys.stderr)
         return 2
@@ -238,6 +261,37 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         write_json(Path(options.json), summaries)
     return _report(options, f"{trace.name} on a simulated pool", summaries) if options.html else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ..router.policies.base import PolicyError, load_policy
+    from .plan import Planner, rows_of
+    from .run import table, write_json
+    from .timing import ProfileError
+    from .traces import TraceError
+
+    options.workers, options.prefill, options.decode = [1], [], []
+    options.policy = options.policy or ["kv"]
+    try:
+        trace = _trace(options)
+        (base, *others) = _scenarios(options)
+        if others or not options.slo:
+            raise ValueError("plan needs --slo, and one policy, link and threshold")
+        load_policy(base.policy)
+        base.engine.resolved()
+    except (TraceError, PolicyError, ProfileError, ValueError) as error:
+        print(f"hocket lab: {error}", file=sys.stderr)
+        return 2
+    is_shown = not options.quiet and sys.stderr.isatty()
+    planner = Planner(
+        trace, base, good_share=options.good, tell=lambda text: print(text, file=sys.stderr) if is_shown else None
+    )
+    plan = planner.plan()
+    print(plan.verdict())
+    print(table(rows_of(plan)))
+    if options.json:
+        write_json(Path(options.json), planner.tried())
+    return _report(options, f"{trace.name}: {plan.verdict()}", planner.tried()) if options.html else 0
 
 
 def _report(options: argparse.Namespace, title: str, summaries: list[Summary]) -> int:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from .timing import MockerTiming, Profile, ProfileTiming, Timing, load_profile
+from .timing import MockerTiming, Profile, ProfileError, ProfileTiming, Timing, load_profile, tensor_parallel
 
 MOCKER = "mocker"
 MODEL = "lab"
@@ -23,6 +23,7 @@ class Engine(msgspec.Struct, frozen=True):
     """One worker's engine. Zero: what the profile says (mocker: its own defaults)."""
 
     profile: str = MOCKER  # "mocker", the name of a profile, or a file of one
+    tp: int = 1  # GPUs of one worker; profiles only
     block_tokens: int = 64
     kv_blocks: int = 0
     slots: int = 0
@@ -33,11 +34,13 @@ class Engine(msgspec.Struct, frozen=True):
     def resolved(self) -> ResolvedEngine:
         """With everything known. Raises timing.ProfileError."""
         if self.profile == MOCKER:
+            if self.tp != 1:
+                raise ProfileError("the mocker's formula knows no tensor parallelism: name a profile")
             # Defaults of Dynamo's mocker 1.6.1: 16,384 blocks of 64 tokens, 256 requests, 8,192 tokens a step.
             kv_blocks = self.kv_blocks or 16384 * 64 // self.block_tokens
             timing: Timing = MockerTiming(kv_blocks * self.block_tokens, speedup=self.speedup)
             return ResolvedEngine(timing, kv_blocks, self.slots or 256, self.max_batched_tokens or 8192, None)
-        profile = load_profile(self.profile)
+        profile = tensor_parallel(load_profile(self.profile), self.tp)
         return ResolvedEngine(
             ProfileTiming(profile, speedup=self.speedup),
             self.kv_blocks or profile.kv_tokens // self.block_tokens,
@@ -82,8 +85,11 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """Short, for tables and plots."""
-        pool = f"{self.prefill}P:{self.decode}D" if self.prefill else f"{self.decode} workers"
-        return f"{self.policy}, {pool}"
+        decode, prefill = self.engine, self.prefill_engine or self.engine
+        of_decode, of_prefill = (f" TP{engine.tp}" if engine.tp > 1 else "" for engine in (decode, prefill))
+        if self.prefill:
+            return f"{self.policy}, {self.prefill}P{of_prefill} : {self.decode}D{of_decode}"
+        return f"{self.policy}, {self.decode} workers{of_decode}"
 
 
 Outcome = Literal["ok", "too_long", "timeout"]

@@ -113,9 +113,48 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes_per_token: int
     kv_tokens: int  # that fit besides the weights
     layers: int
+    hidden: int  # width of the model
+    weight_bytes: int
     max_batched_tokens: int = 8192
     slots: int = 256
     notes: tuple[str, ...] = ()
+
+
+HBM_BYTES_PER_US = 4.08e6
+"""85 % of an H200's 4.8 TB/s: what reading weights and KV reaches."""
+ALL_REDUCE_US = 10.0
+"""One small all-reduce between the GPUs of a host (vLLM's custom kernel takes 8-12 us)."""
+NVLINK_BYTES_PER_US = 394e3
+"""Measured between two H200 with NV18."""
+
+
+def tensor_parallel(profile: Profile, gpus: int) -> Profile:
+    """The same model over `gpus` GPUs of one host, from its profile on one. Arithmetic, not measured.
+
+    Compute, KV and the reading of weights divide by the GPUs; the rest of a step does not; each layer adds two
+    all-reduces of the activations (2 bytes a value, ring: every GPU sends 2 (n - 1) / n of them).
+    """
+    if gpus == 1:
+        return profile
+    assert profile.gpus == 1, "only a profile of one GPU can be divided"
+    c, n, reductions = profile.coefficients, gpus, 2 * profile.layers
+    reading_us = min(profile.weight_bytes / HBM_BYTES_PER_US, c.step_us)
+    token_us = reductions * 2 * profile.hidden * 2 * (n - 1) / n / NVLINK_BYTES_PER_US
+    room = profile.kv_tokens * profile.kv_bytes_per_token + profile.weight_bytes
+    return msgspec.structs.replace(
+        profile,
+        name=f"{profile.name} TP{n}",
+        gpus=n,
+        coefficients=Coefficients(
+            step_us=c.step_us - reading_us + reading_us / n + reductions * ALL_REDUCE_US,
+            prefill_token_us=c.prefill_token_us / n + token_us,
+            prefill_pair_us=c.prefill_pair_us / n,
+            decode_request_us=c.decode_request_us / n + token_us,
+            decode_kv_token_us=c.decode_kv_token_us / n,
+        ),
+        kv_tokens=(n * room - profile.weight_bytes) // profile.kv_bytes_per_token,
+        notes=(*profile.notes, f"Divided over {n} GPUs by arithmetic: see hocket.lab.timing.tensor_parallel."),
+    )
 
 
 class ProfileTiming:
