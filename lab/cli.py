@@ -117,7 +117,7 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("router and links (+ may be repeated by hocket lab run)")
     policy = "+ round_robin, least_loaded, kv, module:Class or file.py:Class (default: those three; plan: kv)"
     group.add_argument("--policy", action="append", metavar="NAME", help=policy)
-    link = "+ GB/s of each worker's link, in and out (default: 64)"
+    link = "+ GB/s of each GPU's link, in and out (default: 64)"
     group.add_argument("--link-gb-per-s", type=_positive, action="append", metavar="GB", help=link)
     local = "+ at most so many uncached prompt tokens are computed by the decode worker itself (default: 16)"
     group.add_argument("--local-prefill-tokens-max", type=_count, action="append", metavar="N", help=local)

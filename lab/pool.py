@@ -27,6 +27,7 @@ class SimWorker:
     card: WorkerCard
     engine: EngineModel
     heartbeat_s: float
+    link_bytes_per_s: float
     held_max: int
     held: int = 0  # requests admitted and not ended
     version: int = 0  # of the engine's next event
@@ -75,7 +76,7 @@ class SimWorker:
 
 def make_worker(
     name: str, role: str, resolved: ResolvedEngine, listener: Listener, *, block_tokens: int, steps_max: int,
-    heartbeat_s: float, slots: int,
+    heartbeat_s: float, link_bytes_per_s: float, slots: int,
 ) -> SimWorker:  # fmt: skip
     """A worker of the pool; `slots` are those of its card."""
     engine = EngineModel(
@@ -100,4 +101,4 @@ def make_worker(
         handoff_addresses=("lab://" + name,) if role == "decode" else (),
         engine="lab",
     )
-    return SimWorker(card, engine, heartbeat_s, held_max=slots + max(1, slots // QUEUE_SHARE))
+    return SimWorker(card, engine, heartbeat_s, link_bytes_per_s, held_max=slots + max(1, slots // QUEUE_SHARE))

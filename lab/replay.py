@@ -160,6 +160,7 @@ class Replay:
                     block_tokens=size,
                     steps_max=steps_max,
                     heartbeat_s=scenario.heartbeat_s,
+                    link_bytes_per_s=scenario.link_gb_per_s * 1e9 * (resolved.profile.gpus if resolved.profile else 1),
                     slots=slots,
                 )
                 for number in range(count)
@@ -417,11 +418,13 @@ class Replay:
         request.sent_tokens = end_tokens
         sender, receiver = request.prefiller, request.worker
         size = tokens * self._kv_bytes
-        copy_s = size / (self._scenario.link_gb_per_s * 1e9)
+        out_s, in_s = size / sender.link_bytes_per_s, size / receiver.link_bytes_per_s
+        copy_s = max(out_s, in_s)
         layers = self._layers if self._scenario.is_layerwise else 1
         begin_s = max(start_s + (end_s - start_s) / layers, sender.link_free_s, receiver.link_free_s)
-        done_s = max(begin_s + copy_s, end_s + copy_s / layers)
-        sender.link_free_s = receiver.link_free_s = request.sent_s = done_s
+        request.sent_s = max(begin_s + copy_s, end_s + copy_s / layers)
+        # The wider link of the two is free again for others before the copy is over.
+        sender.link_free_s, receiver.link_free_s = begin_s + out_s, begin_s + in_s
         sender.link_bytes += size
         receiver.link_bytes += size
 

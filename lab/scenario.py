@@ -69,7 +69,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     engine: Engine = Engine()
     prefill_engine: Engine | None = None  # None: as `engine`
     prefill_slots: int = 8  # jobs that a prefill worker pulls at once
-    link_gb_per_s: float = 64.0  # of each worker, in and out
+    link_gb_per_s: float = 64.0  # of each GPU, in and out
     link_latency_s: float = 1e-3  # grant, last digest, word that it landed
     is_layerwise: bool = True  # a layer's KV is sent while the next is computed
     kv_bytes_per_token: int = 0  # 0: of the profile; mocker: Llama-70B's 320 KiB
