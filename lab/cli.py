@@ -39,6 +39,9 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     plan.add_argument("--good", type=_positive, default=0.9, metavar="SHARE", help=share)
     _add_output(plan)
 
+    fit = _command(actions, "fit", "make a profile from an engine's step log", _fit)
+    _add_fit(fit)
+
 
 def _command(
     actions: argparse._SubParsersAction[Parser], name: str, summary: str, act: Callable[[argparse.Namespace], int]
@@ -157,6 +160,20 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine-speedup", type=_positive, default=1.0, metavar="X", help="engines X times as fast (default: 1)"
     )
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("log", metavar="STEPLOG", help="JSON lines, one engine step each (docs/lab.md)")
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the profile goes")
+    facts = parser.add_argument_group("what the log does not say")
+    facts.add_argument("--gpus", type=_count, default=1, metavar="N", help="GPUs of the engine (default: 1)")
+    facts.add_argument(
+        "--kv-bytes-per-token", type=_count, required=True, metavar="B", help="KV of one token, in bytes"
+    )
+    facts.add_argument("--kv-tokens", type=_count, required=True, metavar="N", help="tokens whose KV fits")
+    facts.add_argument("--layers", type=_count, required=True, metavar="N", help="layers of the model")
+    facts.add_argument("--hidden", type=_count, required=True, metavar="N", help="width of the model")
+    facts.add_argument("--weight-gb", type=_positive, required=True, metavar="GB", help="weights of the model, in GB")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -292,6 +309,37 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         write_json(Path(options.json), planner.tried())
     return _report(options, f"{trace.name}: {plan.verdict()}", planner.tried()) if options.html else 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    import msgspec
+
+    from .fit import FitError, fit, read_step_log
+    from .timing import Profile
+
+    try:
+        found = fit(read_step_log(Path(options.log)))
+    except FitError as error:
+        print(f"hocket lab: {error}", file=sys.stderr)
+        return 2
+    out = Path(options.out)
+    error_text = f"relative error {found.error_p50:.1%} in the middle, {found.error_p90:.1%} at the 90th percentile"
+    profile = Profile(
+        name=out.stem,
+        gpus=options.gpus,
+        coefficients=found.coefficients,
+        kv_bytes_per_token=options.kv_bytes_per_token,
+        kv_tokens=options.kv_tokens,
+        layers=options.layers,
+        hidden=options.hidden,
+        weight_bytes=round(options.weight_gb * 1e9),
+        notes=(f"Measured: {found.steps} engine steps; {error_text}.",),
+    )
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(profile)))
+    print(f"{out}: {found.steps} steps, {error_text}")
+    for name, value in msgspec.structs.asdict(found.coefficients).items():
+        print(f"  {name.ljust(20)} {value:.6g}")
+    return 0
 
 
 def _report(options: argparse.Namespace, title: str, summaries: list[Summary]) -> int:
