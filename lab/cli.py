@@ -126,6 +126,8 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-prefill-tokens-max", type=_count, action="append", metavar="N", help=local)
     slots = "jobs that a prefill worker pulls at once (default: 8)"
     group.add_argument("--prefill-slots", type=_count, default=8, metavar="N", help=slots)
+    lane = "ms that a prefill job waits for the worker the policy names; the index then knows prefill caches (default: no lanes)"
+    group.add_argument("--lane-wait-ms", type=_positive, default=None, metavar="MS", help=lane)
     limits = "what a good request keeps, e.g. ttft=2s,itl=50ms (default: nothing)"
     group.add_argument("--slo", type=slo, default={}, metavar="LIMITS", help=limits)
     group.add_argument(
@@ -241,6 +243,7 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
             ),
             prefill_slots=options.prefill_slots,
             link_gb_per_s=link,
+            lane_wait_s=options.lane_wait_ms / 1e3 if options.lane_wait_ms else None,
             local_prefill_tokens_max=local,
             concurrency=options.concurrency,
             slo=_slo(options),

@@ -93,9 +93,11 @@ class Replay:
             load_policy(scenario.policy),
             local_prefill_tokens_max=scenario.local_prefill_tokens_max,
             block_tokens=scenario.engine.block_tokens,
+            feeds_prefill=scenario.lane_wait_s is not None,
             rng=self._rng,
         )
         self._jobs: deque[Request] = deque()  # published and not pulled
+        self._lanes: dict[WorkerId, deque[Request]] = {}  # published for one worker
         self._pulls: deque[SimWorker] = deque()  # open pulls, the longest open first
         self._kv_bytes = scenario.kv_bytes_per_token
         self._layers = 80
@@ -197,7 +199,7 @@ class Replay:
 
     def _publish_kv(self, worker: SimWorker) -> None:
         message = worker.take_kv_events()
-        if message is not None and not worker.is_prefill:
+        if message is not None and self._router.hears_kv_of(worker):
             self._hop("kv_events", self._router.on_kv_events, message)
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
@@ -345,12 +347,33 @@ class Replay:
     def _queue(self, request: Request) -> None:
         assert request.machine is not None
         self._carry_out(request, request.machine.published(request.machine.attempt, request.index))
-        self._jobs.append(request)
+        lane_wait_s = self._scenario.lane_wait_s
+        assert request.chosen is not None
+        lane = request.chosen.choice.lane
+        if lane is not None and lane_wait_s is not None:
+            self._lanes.setdefault(lane, deque()).append(request)
+            self._at(self._now + lane_wait_s, self._leave_lane, request, lane)
+        else:
+            self._jobs.append(request)
         self._deliver()
 
+    def _leave_lane(self, request: Request, lane: WorkerId) -> None:
+        if request.prefiller is None:
+            self._lanes[lane].remove(request)
+            self._jobs.append(request)
+            self._deliver()
+
+    def _next_job(self) -> tuple[Request, SimWorker] | None:
+        for lane, waiting in self._lanes.items():
+            worker = self._by_id.get(lane)
+            if waiting and worker is not None and worker in self._pulls:
+                self._pulls.remove(worker)
+                return waiting.popleft(), worker
+        return (self._jobs.popleft(), self._pulls.popleft()) if self._jobs and self._pulls else None
+
     def _deliver(self) -> None:
-        while self._jobs and self._pulls:
-            request, worker = self._jobs.popleft(), self._pulls.popleft()
+        while (found := self._next_job()) is not None:
+            request, worker = found
             request.prefiller = worker
             turn = request.turn
             request.prefill_work = Work(request.index, "prefill", turn.prompt_tokens, 1, request.chain)

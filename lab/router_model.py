@@ -23,10 +23,19 @@ from .traces import Turn
 class RouterModel:
     """What the shell (`replay`) tells it is what `router.membership` would tell it; nothing is ever lost here."""
 
-    def __init__(self, policy: Policy, *, local_prefill_tokens_max: int, block_tokens: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        local_prefill_tokens_max: int,
+        block_tokens: int,
+        feeds_prefill: bool,
+        rng: random.Random,
+    ) -> None:
         defaults = RouterConfig()
         self.index_blocks_max = 0
         self._block_tokens = block_tokens
+        self._feeds_prefill = feeds_prefill
         self._view = ClusterView(suspect_s=defaults.suspect_s, dead_s=defaults.dead_s)
         self._index = PrefixIndex()
         self._feeds: dict[WorkerId, KvFeed] = {}
@@ -42,9 +51,13 @@ class RouterModel:
     def join(self, worker: SimWorker) -> None:
         """A worker has shown its card; its prefix cache is empty."""
         self._view.join(worker.card, worker.heartbeat(0.0), 0.0)
-        if not worker.is_prefill:
+        if self.hears_kv_of(worker):
             feed = self._feeds[worker.worker_id] = KvFeed(self._index, worker.worker_id)
             feed.on_snapshot(KvSnapshot(worker.worker_id, EPOCH, 0, b""))
+
+    def hears_kv_of(self, worker: SimWorker) -> bool:
+        """Whether the index is told of its prefix cache."""
+        return self._feeds_prefill or not worker.is_prefill
 
     def on_heartbeat(self, heartbeat: Heartbeat, now: float) -> None:
         """As `Membership` does."""

@@ -168,6 +168,24 @@ def test_goodput_counts_who_kept_both_limits():
     assert summarize(none, trace, 0).goodput == 0.0
 
 
+class Lanes:
+    """Least loaded, and the prefill worker that has most of the prompt."""
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        worker = min(workers, key=lambda worker: worker.load)
+        lane = max(request.prefill, key=lambda prefill: (prefill.hit_blocks, -prefill.running))
+        return Choice(worker.worker_id, plan="remote", lane=lane.worker_id)
+
+
+def test_lanes_bring_prompts_to_where_their_prefix_is():
+    trace = synthetic(SHARED.replace("prefixes=4", "prefixes=30"))
+    base = Scenario(decode=2, prefill=3, policy=f"{__file__}:Lanes", engine=SMALL)
+    shared = summarize(replay(trace, base), trace, 0)
+    lanes = summarize(replay(trace, msgspec.structs.replace(base, lane_wait_s=0.5)), trace, 0)
+    assert lanes.hit_rate > shared.hit_rate + 0.05
+    assert lanes.failed == shared.failed == 0
+
+
 class Wrong:
     """A user's policy with a fault."""
 
