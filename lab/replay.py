@@ -21,6 +21,7 @@ from ..router.policies.base import load_policy
 from ..router.request import AskDecode, Assign, Instruction, Pick, PublishPrefill, Release, ReportError, RequestMachine
 from .engine_model import Kind, Work
 from .pool import SimWorker, make_worker
+from .prefill_queue import PrefillQueue
 from .router_model import RouterModel
 from .scenario import Outcome, ResolvedEngine, Scenario
 from .traces import Trace, Turn
@@ -96,9 +97,7 @@ class Replay:
             feeds_prefill=scenario.lane_wait_s is not None,
             rng=self._rng,
         )
-        self._jobs: deque[Request] = deque()  # published and not pulled
-        self._lanes: dict[WorkerId, deque[Request]] = {}  # published for one worker
-        self._pulls: deque[SimWorker] = deque()  # open pulls, the longest open first
+        self._queue: PrefillQueue[Request] = PrefillQueue()
         self._kv_bytes = scenario.kv_bytes_per_token
         self._layers = 80
         self._workers = self._make_workers()
@@ -175,7 +174,7 @@ class Replay:
     def _join(self, worker: SimWorker) -> None:
         self._router.join(worker)
         if worker.is_prefill:
-            self._pulls.extend([worker] * worker.card.slots)
+            self._queue.pull(worker, worker.card.slots)
         # Workers did not start at the same instant.
         worker.beat_s = self._rng.random() * worker.heartbeat_s
         self._at(worker.beat_s, self._beat, worker, worker.beat_s)
@@ -284,7 +283,7 @@ class Replay:
                     self._hop("decode_job", self._offer, request, ask)
                 case PublishPrefill():
                     self._messages["prefill_job"] += 3  # Published, confirmed, pulled.
-                    self._at(self._now + self._scenario.queue_s, self._queue, request)
+                    self._at(self._now + self._scenario.queue_s, self._published, request)
                 case ReportError(error=error):
                     self._not_started(request, error.retry_after_s if isinstance(error, Overloaded) else None)
                 case _:
@@ -344,35 +343,25 @@ class Replay:
 
     # ---- the prefill queue and worker
 
-    def _queue(self, request: Request) -> None:
+    def _published(self, request: Request) -> None:
         assert request.machine is not None
         self._carry_out(request, request.machine.published(request.machine.attempt, request.index))
         lane_wait_s = self._scenario.lane_wait_s
         assert request.chosen is not None
         lane = request.chosen.choice.lane
-        if lane is not None and lane_wait_s is not None:
-            self._lanes.setdefault(lane, deque()).append(request)
-            self._at(self._now + lane_wait_s, self._leave_lane, request, lane)
+        if lane is None or lane_wait_s is None:
+            self._queue.publish(request)
         else:
-            self._jobs.append(request)
+            self._queue.publish(request, lane)
+            self._at(self._now + lane_wait_s, self._leave_lane, request, lane)
         self._deliver()
 
     def _leave_lane(self, request: Request, lane: WorkerId) -> None:
-        if request.prefiller is None:
-            self._lanes[lane].remove(request)
-            self._jobs.append(request)
-            self._deliver()
-
-    def _next_job(self) -> tuple[Request, SimWorker] | None:
-        for lane, waiting in self._lanes.items():
-            worker = self._by_id.get(lane)
-            if waiting and worker is not None and worker in self._pulls:
-                self._pulls.remove(worker)
-                return waiting.popleft(), worker
-        return (self._jobs.popleft(), self._pulls.popleft()) if self._jobs and self._pulls else None
+        self._queue.give_to_all(request, lane)
+        self._deliver()
 
     def _deliver(self) -> None:
-        while (found := self._next_job()) is not None:
+        while (found := self._queue.next()) is not None:
             request, worker = found
             request.prefiller = worker
             turn = request.turn
@@ -466,7 +455,7 @@ class Replay:
         prefiller.throughput.end(self._now, request.turn.prompt_tokens - request.prefill_work.cached_tokens)
         prefiller.engine.release(request.prefill_work, self._now)
         self._reschedule(prefiller)
-        self._pulls.append(prefiller)
+        self._queue.pull(prefiller)
         self._changed(prefiller)
         self._messages["prefill_done"] += 2  # Told to the router, acked to the queue.
         self._at(self._now + self._scenario.bus_s, self._prefill_done, request)
