@@ -20,13 +20,12 @@ from ..router.generation import Overloaded
 from ..router.policies.base import load_policy
 from ..router.request import AskDecode, Assign, Instruction, Pick, PublishPrefill, Release, ReportError, RequestMachine
 from .engine_model import Kind, Work
-from .pool import SimWorker, make_worker
+from .pool import SimWorker, copy_kv, make_pool
 from .prefill_queue import PrefillQueue
 from .router_model import RouterModel
-from .scenario import Outcome, ResolvedEngine, Scenario
+from .scenario import Outcome, Scenario
 from .traces import Trace, Turn
 
-LLAMA_70B_KV_BYTES = 327_680
 PROGRESS_REQUESTS = 200
 
 
@@ -98,9 +97,8 @@ class Replay:
             rng=self._rng,
         )
         self._queue: PrefillQueue[Request] = PrefillQueue()
-        self._kv_bytes = scenario.kv_bytes_per_token
-        self._layers = 80
-        self._workers = self._make_workers()
+        self._kv_bytes, self._layers = scenario.kv_shape()
+        self._workers = make_pool(scenario, self)
         self._by_id = {worker.worker_id: worker for worker in self._workers}
 
     def run(self) -> Replayed:
@@ -139,37 +137,6 @@ class Replay:
         self._at(self._now + self._scenario.bus_s, act, *arguments)
 
     # ---- the pool
-
-    def _make_workers(self) -> list[SimWorker]:
-        scenario = self._scenario
-        decode = scenario.engine.resolved()
-        prefill_engine = scenario.prefill_engine or scenario.engine
-        prefill = prefill_engine.resolved()
-        if decode.profile is not None:
-            self._kv_bytes = self._kv_bytes or decode.profile.kv_bytes_per_token
-            self._layers = decode.profile.layers
-        self._kv_bytes = self._kv_bytes or LLAMA_70B_KV_BYTES
-
-        def make(role: str, count: int, resolved: ResolvedEngine, steps_max: int, slots: int) -> list[SimWorker]:
-            size = scenario.engine.block_tokens
-            return [
-                make_worker(
-                    f"{role}-{number:04d}",
-                    role,
-                    resolved,
-                    self,
-                    block_tokens=size,
-                    steps_max=steps_max,
-                    heartbeat_s=scenario.heartbeat_s,
-                    link_bytes_per_s=scenario.link_gb_per_s * 1e9 * (resolved.profile.gpus if resolved.profile else 1),
-                    slots=slots,
-                )
-                for number in range(count)
-            ]
-
-        decoders = make("decode", scenario.decode, decode, scenario.engine.steps_max, decode.slots)
-        prefillers = make("prefill", scenario.prefill, prefill, prefill_engine.steps_max, scenario.prefill_slots)
-        return decoders + prefillers
 
     def _join(self, worker: SimWorker) -> None:
         self._router.join(worker)
@@ -418,27 +385,17 @@ class Replay:
     # ---- the link
 
     def _send(self, request: Request, end_tokens: int, start_s: float, end_s: float) -> None:
-        """Give the link what was computed in a step from `start_s` to `end_s`.
-
-        Layer by layer the copy may begin when the first layer is done, and cannot end before the last layer's share has gone.
-        """
+        """Give the link what was computed in a step from `start_s` to `end_s`."""
         assert request.prefiller is not None
         assert request.worker is not None
         tokens = end_tokens - request.sent_tokens
         if tokens <= 0:
             return
         request.sent_tokens = end_tokens
-        sender, receiver = request.prefiller, request.worker
-        size = tokens * self._kv_bytes
-        out_s, in_s = size / sender.link_bytes_per_s, size / receiver.link_bytes_per_s
-        copy_s = max(out_s, in_s)
         layers = self._layers if self._scenario.is_layerwise else 1
-        begin_s = max(start_s + (end_s - start_s) / layers, sender.link_free_s, receiver.link_free_s)
-        request.sent_s = max(begin_s + copy_s, end_s + copy_s / layers)
-        # The wider link of the two is free again for others before the copy is over.
-        sender.link_free_s, receiver.link_free_s = begin_s + out_s, begin_s + in_s
-        sender.link_bytes += size
-        receiver.link_bytes += size
+        request.sent_s = copy_kv(
+            request.prefiller, request.worker, tokens * self._kv_bytes, computed=(start_s, end_s), layers=layers
+        )
 
     def _land(self, request: Request) -> None:
         self._at(max(request.sent_s, self._now) + self._scenario.link_latency_s, self._landed, request)

@@ -10,6 +10,8 @@ from .timing import MockerTiming, Profile, ProfileError, ProfileTiming, Timing, 
 
 MOCKER = "mocker"
 MODEL = "lab"
+LLAMA_70B = 327_680, 80
+"""KV bytes of a token, layers: what the mocker's formula, which knows no model, is taken to serve."""
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -84,6 +86,12 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 600.0
     slo: Slo = Slo()
     seed: int = 0
+
+    def kv_shape(self) -> tuple[int, int]:
+        """KV bytes of a token, and layers that are sent one by one. Raises timing.ProfileError."""
+        profile = self.engine.resolved().profile
+        kv_bytes, layers = (profile.kv_bytes_per_token, profile.layers) if profile else LLAMA_70B
+        return self.kv_bytes_per_token or kv_bytes, layers
 
     @property
     def label(self) -> str:
