@@ -226,3 +226,11 @@ def state_folder(config: ServeConfig) -> Path:
 def server_url_file(folder: Path) -> Path:
     """Where `serve` leaves the URL of the NATS server it started, for its user alone: it holds the password."""
     return folder / "nats-url"
+
+
+def server_here(pool: str) -> str:
+    """The NATS server of a `hocket serve` of this pool on this machine, else NATS's own default."""
+    try:
+        return server_url_file(state_folder(ServeConfig(pool=pool))).read_text()
+    except OSError:
+        return "nats://127.0.0.1:4222"
