@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,12 +139,12 @@ def _failed(before: Sequence[PolicyStatus], document: PolicyDocument | None) -> 
 # ---- edits
 
 
-def set_primary(name: str, options: dict[str, float | int]) -> Edit:
-    """`name` decides for everybody; shadows stay."""
+def set_primary(name: str, limits: Mapping[str, float]) -> Edit:
+    """`name` decides for everybody; shadows stay. `limits` are fields of PolicyConfig."""
 
     def edit(current: PolicyConfig | None) -> PolicyConfig:
         base = current or PolicyConfig(name)
-        return _checked(msgspec.structs.replace(base, primary=absolute(name), canary=None, **options))
+        return _checked(msgspec.structs.replace(base, primary=absolute(name), canary=None, **limits))
 
     return edit
 

@@ -162,7 +162,7 @@ class Control:
 
     async def _load(self, document: PolicyDocument) -> PolicySet:
         """A policy that works and has not changed goes on with what it has learnt; raises PolicyError."""
-        sources = {name: source_digest(name) for name in document.config.seats}
+        sources = await _in_thread(lambda: {name: source_digest(name) for name in document.config.seats})
         kept = self._kept(sources)
 
         def load() -> list[Policy]:

@@ -18,13 +18,13 @@ from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hocket.bus.base import Delivery
-from hocket.bus.ids import RequestId, WorkerId
+from hocket.bus.ids import RequestId, RouterId, WorkerId
 from hocket.bus.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Entry, EntryDetail, TokenFrame, encode
 from hocket.router.api.app import build_app
 from hocket.router.api.server import ApiServer
 from hocket.router.api.stream import TokenPath
 from hocket.router.config import RouterConfig
-from hocket.router.control_messages import Receipt
+from hocket.router.control_messages import AttemptReceipt, Receipt
 from hocket.router.generation import Failure, Generation, RouterError, Started
 from hocket.router.text.model_text import ModelText
 
@@ -96,7 +96,6 @@ class ScriptedCore:
     stopped: dict[int, int] = field(default_factory=dict)
     first: list[int] = field(default_factory=list)
     gaps: list[tuple[int, int]] = field(default_factory=list)
-    receipts: dict[RequestId, Receipt] = field(default_factory=dict)
     late: list[tuple[int, int]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     path: TokenPath = field(init=False)
@@ -132,7 +131,11 @@ class ScriptedCore:
         self._note()
 
     def receipt(self, request_id: RequestId) -> Receipt | None:
-        return self.receipts.get(request_id)
+        for generation in self.generations.values():
+            if generation.request_id == request_id and generation.explains:
+                attempts = [AttemptReceipt(0.0, WORKER, "remote", "kv")]
+                return Receipt(request_id, RouterId("r1"), "tiny", generation.prompt_tokens, 8, 1e9, attempts)
+        return None
 
     def models(self) -> list[str]:
         return ["tiny"]
