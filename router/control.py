@@ -76,7 +76,7 @@ class Control:
         clock: Callable[[], float],
     ) -> None:
         self.policies = PolicySet(
-            config, [policy], version=0, timer=time.perf_counter, on_replaced=self._on_replaced
+            config, [policy], version=0, timer=time.perf_counter, scratch_rng=random.Random(), on_replaced=self._on_replaced
         )  # fmt: skip
         self._bus = bus
         self._pool = pool

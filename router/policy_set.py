@@ -156,6 +156,7 @@ class PolicySet:
         *,
         version: int,
         timer: Callable[[], float],
+        scratch_rng: random.Random,
         on_replaced: Callable[[str, str, str], None] = lambda place, policy, why: None,
     ) -> None:
         self.config = config
@@ -172,12 +173,19 @@ class PolicySet:
         self._timer = timer
         self._on_replaced = on_replaced
         self._fallback = LeastLoaded()
-        self._rng = random.Random()
+        self._scratch_rng = scratch_rng  # seeded again before each use
         self._credit_s, self._credit_at_s = SHADOW_CREDIT_MAX_S, 0.0
 
     def successor(self, config: PolicyConfig, policies: Sequence[Policy], *, version: int) -> PolicySet:
         """The next version, in the same surroundings."""
-        return PolicySet(config, policies, version=version, timer=self._timer, on_replaced=self._on_replaced)
+        return PolicySet(
+            config,
+            policies,
+            version=version,
+            timer=self._timer,
+            scratch_rng=self._scratch_rng,
+            on_replaced=self._on_replaced,
+        )
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         """As a plain policy."""
@@ -193,8 +201,8 @@ class PolicySet:
             return choice, Trace(arm, self.version, pick_s, failure)
         # All of them get the same chances, so that equal policies agree whatever is drawn.
         seed = rng.getrandbits(64)
-        self._rng.seed(seed)
-        choice, pick_s, failure = self._ask(arm, request, workers, now, self._rng)
+        self._scratch_rng.seed(seed)
+        choice, pick_s, failure = self._ask(arm, request, workers, now, self._scratch_rng)
         return choice, Trace(
             arm, self.version, pick_s, failure, self._ask_shadows(request, workers, now, seed=seed, done=choice)
         )
@@ -245,12 +253,12 @@ class PolicySet:
         for shadow in self.shadows:
             if shadow.is_out:
                 continue
-            self._rng.seed(seed)
+            self._scratch_rng.seed(seed)
             shadow.status.scored += 1
             shadow.guard.began(now)
             start = self._timer()
             try:
-                choice = shadow.policy.pick(request, workers, now, self._rng)
+                choice = shadow.policy.pick(request, workers, now, self._scratch_rng)
                 plan = choice.plan or request.default_plan(_worker(choice, workers))
                 pick_s = self._timer() - start
                 shadow.compare(choice, plan, done, done_plan)

@@ -77,7 +77,7 @@ def made(
     )  # fmt: skip
     seats = [primary, *([canary] if canary else ()), *shadows]
     policies = PolicySet(
-        config, seats, version=7, timer=timer or Timer(),
+        config, seats, version=7, timer=timer or Timer(), scratch_rng=random.Random(),
         on_replaced=lambda place, policy, why: replaced.append((place, why)),
     )  # fmt: skip
     return policies, replaced

@@ -49,7 +49,13 @@ class Rig:
         for number in range(workers):
             self.join(card(f"w{number:03d}"))
         config = PolicyConfig("costly", shadows=("kv",) if shadow else ())
-        policies = PolicySet(config, [Costly(), KvPolicy()][: len(config.seats)], version=3, timer=lambda: 0.0)
+        policies = PolicySet(
+            config,
+            [Costly(), KvPolicy()][: len(config.seats)],
+            version=3,
+            timer=lambda: 0.0,
+            scratch_rng=random.Random(),
+        )
         self.chooser = Chooser(
             self.view, PrefixIndex(), policies, local_prefill_tokens_max=16, rng=random.Random(1)
         )  # fmt: skip
