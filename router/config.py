@@ -39,7 +39,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dead_s: Annotated[float, Meta(description="silence after which a worker is taken as dead", gt=0)] = 3.0
     receipts_bytes_max: Annotated[
         int, Meta(description="memory for receipts of the newest requests (hocket explain), in bytes; 0: none", ge=0)
-    ] = 8 << 20
+    ] = 16 << 20
     explains_to_clients: Annotated[
         bool, Meta(description="answer x-hocket-explain: 1 with the receipt, which names workers and their load")
     ] = True

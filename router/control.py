@@ -7,7 +7,6 @@ does not use: the last good version goes on deciding, and the status says why.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.util
 import logging
 import random
@@ -104,6 +103,7 @@ class Control:
                 await self.read()
         except TimeoutError:
             log.warning("the stored policies could not be read in time")
+            self._reread.set()
         tasks.create_task(self._keep_reading(), name="read-policies")
 
     async def read(self) -> None:
@@ -240,18 +240,23 @@ class Control:
 
 
 def load_fresh(name: str) -> Policy:
-    """`load_policy`, but of a user's file or module as it is now. Raises PolicyError."""
-    target, _, _ = name.partition("?")[0].rpartition(":")
-    module = sys.modules.get(target)
-    if target.endswith(".py"):
-        # Compiled files are told apart by second and length: an edit could be missed.
-        Path(importlib.util.cache_from_source(target)).unlink(missing_ok=True)
-    elif module is not None and not target.startswith(f"{__name__.partition('.')[0]}."):
-        try:
-            importlib.reload(module)
-        except Exception as error:  # A user's module may raise anything while it is imported.
-            raise PolicyError(f"policy {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    return load_policy(name)
+    """`load_policy`, but of a user's file or module as it is now. Raises PolicyError.
+
+    A module is made anew and not reloaded in place: the policy that decides now goes on in the old one, whatever comes of it.
+    """
+    target, colon, _ = name.partition("?")[0].rpartition(":")
+    if not colon or target.startswith(f"{__name__.partition('.')[0]}."):
+        return load_policy(name)
+    old = sys.modules.pop(target, None)
+    path = target if target.endswith(".py") else getattr(old, "__file__", None)
+    if path:  # Compiled files are told apart by second and length: an edit could be missed.
+        Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
+    try:
+        return load_policy(name)
+    except PolicyError:
+        if old is not None:
+            sys.modules[target] = old
+        raise
 
 
 def try_policy(name: str, config: PolicyConfig, inputs: Inputs | None, now: float) -> None:

@@ -199,17 +199,24 @@ async def test_setting_a_file_again_picks_up_its_edits_and_ends_a_replacement(
         assert router.control.policies.primary.policy is not policy
 
 
-async def test_setting_a_module_again_picks_up_its_edits(
+async def test_setting_a_module_again_picks_up_its_edits_and_a_bad_one_does_not_touch_what_decides(
     server: EmbeddedServer, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "my_own_policy.py"
+    edit = set_primary("my_own_policy:Mine", {})
     try:
         async with routing(server.url, "r1") as router:
-            for worker in ("first", "second one"):
-                path.write_text(MINE.format(worker=worker))
-                await change(bus, POOL, set_primary("my_own_policy:Mine", {}))
-                assert getattr(router.control.policies.primary.policy, "worker", "") == worker
+            for worker in ("aaa", "bbb"):
+                path.write_text(f"WORKER = {worker!r}\n{MINE.format(worker=worker)}")
+                await change(bus, POOL, edit)
+                policy = router.control.policies.primary.policy
+                assert getattr(policy, "worker", "") == worker
+            path.write_text("WORKER = 'ccc'\nraise RuntimeError('boom')\n")
+            with pytest.raises(PolicyRefused, match="boom"):
+                await change(bus, POOL, edit)
+            assert router.control.policies.primary.policy is policy
+            assert sys.modules["my_own_policy"].WORKER == "bbb"
     finally:
         sys.modules.pop("my_own_policy", None)
 
