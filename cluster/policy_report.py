@@ -61,10 +61,18 @@ def policy_json(pool: str, document: PolicyDocument | None, routers: Sequence[Po
 
 
 def added_up(routers: Iterable[PolicyStatus], version: int) -> tuple[list[ArmStatus], list[ShadowStatus]]:
-    """The policies of `version`, each with the figures of all routers that it decides in."""
-    alike = [status for status in routers if status.version == version]
-    arms = [_sum(same) for same in zip(*(status.arms for status in alike), strict=True)]
-    shadows = [_sum(same) for same in zip(*(status.shadows for status in alike), strict=True)]
+    """The policies of `version`, each with the figures of all routers in which it decides.
+
+    Routers that were started with different policies have rows of their own.
+    """
+    alike: dict[bytes, list[PolicyStatus]] = {}
+    for status in routers:
+        if status.version == version:
+            alike.setdefault(msgspec.json.encode(status.config), []).append(status)
+    arms, shadows = [], []
+    for statuses in alike.values():
+        arms += [_sum(same) for same in zip(*(status.arms for status in statuses), strict=True)]
+        shadows += [_sum(same) for same in zip(*(status.shadows for status in statuses), strict=True)]
     return arms, shadows
 
 

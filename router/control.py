@@ -298,12 +298,12 @@ def source_digest(name: str) -> str:
 async def _in_thread(make: Callable[[], Made]) -> Made:
     """As asyncio.to_thread, but a user's module that never returns does not keep the process from ending.
 
-    Raises PolicyError after `LOAD_TIMEOUT_S`.
+    Raises PolicyError for whatever went wrong in it, and after `LOAD_TIMEOUT_S`.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Made] = loop.create_future()
 
-    def settle(made: Made | None, error: Exception | None) -> None:
+    def settle(made: Made | None, error: PolicyError | None) -> None:
         if done.cancelled():
             return
         if error is not None:
@@ -312,11 +312,14 @@ async def _in_thread(make: Callable[[], Made]) -> Made:
             done.set_result(made)  # type: ignore[arg-type]  # Made itself may be None.
 
     def work() -> None:
-        made, failed = None, None
+        made: Made | None = None
+        failed: PolicyError | None = None
         try:
             made = make()
-        except Exception as error:  # Handed to who waits for it.
+        except PolicyError as error:
             failed = error
+        except Exception as error:  # What belongs to a user's module may raise anything.
+            failed = PolicyError(f"{type(error).__name__}: {error}")
         try:
             loop.call_soon_threadsafe(settle, made, failed)
         except RuntimeError:

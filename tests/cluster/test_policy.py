@@ -286,3 +286,11 @@ async def test_the_report_adds_up_all_routers_and_names_who_differs(server: Embe
         assert [arm["picks"] for arm in report["arms"]] == [30, 30]  # type: ignore[attr-defined, index]
         assert [shadow["scored"] for shadow in report["shadows"]] == [3]  # type: ignore[attr-defined, index]
         assert msgspec.json.encode(report)
+
+
+async def test_routers_with_policies_of_their_own_are_not_added_up(server: EmbeddedServer, bus: Bus) -> None:
+    async with routing(server.url, "r1", "kv"), routing(server.url, "r2", "round_robin"):
+        statuses = await ask_all(bus, POOL, AskPolicies(), PolicyStatus)
+        lines = policy_lines(POOL, None, statuses)
+    assert "nothing stored" in lines[0]
+    assert [line.split()[1] for line in lines if line.startswith("primary")] == ["kv", "round_robin"]
