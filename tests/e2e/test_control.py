@@ -117,7 +117,7 @@ async def test_policies_switch_under_load_and_no_request_is_lost(pool: Pool, tmp
             while True:  # A slow shadow is asked a few times a second at most.
                 await load.more(20)
                 failed = json.loads(await operate(pool, "policy", "show", "--json"))
-                if failed["arms"][0]["replaced"] and failed["shadows"][0]["stopped"]:
+                if all(router["replaced"] for router in failed["routers"]) and failed["shadows"][0]["stopped"]:
                     break
         replaced = pool.metric("hocket_policies_replaced", place="primary")
         back = await operate(pool, "policy", "rollback")
