@@ -15,6 +15,7 @@ from ..bus.ids import RequestId, WorkerId
 from .index import PrefixIndex
 from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, PrefillView, RequestView, WorkerView
 from .policies.basic import LeastLoaded
+from .policy_set import PolicySet, Trace
 from .view import ClusterView, Member, prefill_view, worker_view
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Chosen:
     request: RequestView
     candidates: tuple[WorkerView, ...]
     is_fallback: bool  # the policy failed, least loaded chose
+    trace: Trace | None = None  # with a PolicySet: who decided
 
     def outcome(
         self, *, prefill_worker: WorkerId | None, cached_tokens: int | None, ttft_s: float | None, itl_s: float | None,
@@ -87,29 +89,34 @@ class Chooser:
         hits = self._hit_blocks(ask, [*members, *prefill])
         workers = [worker_view(member, hits.get(member.card.worker_id, 0)) for member in members]
         request = self._request_view(ask, [prefill_view(m, hits.get(m.card.worker_id, 0)) for m in prefill])
-        choice, chosen, is_fallback = self._pick(request, workers, now)
+        choice, chosen, is_fallback, trace = self._pick(request, workers, now)
         plan = choice.plan or request.default_plan(chosen)
         card = members[workers.index(chosen)].card
         ranks = self._view.prefill_ranks(ask.model, card.fingerprint)
         if not ranks or not card.handoff_addresses:
             plan = "local"
-        return Chosen(choice, plan, chosen, ranks or 1, request, tuple(workers), is_fallback)
+        return Chosen(choice, plan, chosen, ranks or 1, request, tuple(workers), is_fallback, trace)
 
     def observe(self, outcome: Outcome, now: float) -> None:
         """Tell the policy how a request ended, if it wants to know."""
         if isinstance(self.policy, ObservingPolicy):
             self.policy.observe(outcome, now)
 
-    def _pick(self, request: RequestView, workers: list[WorkerView], now: float) -> tuple[Choice, WorkerView, bool]:
+    def _pick(
+        self, request: RequestView, workers: list[WorkerView], now: float
+    ) -> tuple[Choice, WorkerView, bool, Trace | None]:
         by_id = {worker.worker_id: worker for worker in workers}
+        if isinstance(self.policy, PolicySet):
+            choice, trace = self.policy.decide(request, workers, now, self._rng)
+            return choice, by_id[choice.worker_id], bool(trace.failure), trace
         try:
             choice = self.policy.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], False
+            return choice, by_id[choice.worker_id], False, None
         except Exception:  # A user's policy may raise anything; the request must not pay for it.
             log.exception("policy failed, least loaded chose", extra={"request_id": request.request_id})
             self.failures += 1
             choice = self._fallback.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], True
+            return choice, by_id[choice.worker_id], True, None
 
     def _request_view(self, ask: Ask, prefill: list[PrefillView]) -> RequestView:
         return RequestView(

@@ -69,6 +69,16 @@ class RouterMetrics:
         self.policy_failures = Counter(
             "hocket_policy_failures", "Picks where the policy failed and the fallback chose", registry=registry
         )
+        self.policy_version = Gauge(
+            "hocket_policy_version", "Version of the policy document that decides; 0: what the router was started with",
+            registry=registry,
+        )  # fmt: skip
+        self.policies_replaced = Gauge(
+            "hocket_policies_replaced", "Policies of this version that failed too often", ["place"], registry=registry
+        )
+        self.policy_refused = Gauge(
+            "hocket_policy_refused", "1 while the stored policy document cannot be used here", registry=registry
+        )
         self.queue_fallbacks = Counter(
             "hocket_prefill_queue_fallbacks",
             "Prefill jobs that did not go through the work queue",
