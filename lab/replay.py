@@ -242,8 +242,9 @@ class Replay:
             match todo.popleft():
                 case Pick(exclude=exclude):
                     todo.extend(self._pick(request, exclude))
-                case Assign(worker=worker):
-                    self._router.assign(worker, request.index, request.turn)
+                case Assign():
+                    assert request.chosen is not None
+                    self._router.assign(request.chosen, request.index, request.turn)
                 case Release(worker=worker):
                     self._router.release(worker, request.index)
                 case AskDecode() as ask:
@@ -338,6 +339,7 @@ class Replay:
             self._hop("prefill_claimed", self._claimed, request, worker.worker_id)
 
     def _claimed(self, request: Request, worker: WorkerId) -> None:
+        self._router.claimed(request.index, worker)
         if request.machine is not None:
             self._carry_out(request, request.machine.claimed(request.machine.attempt, worker, ""))
 
@@ -426,6 +428,7 @@ class Replay:
 
     def _first_token(self, request: Request) -> None:
         request.first_s = self._now
+        self._router.first_token(request.index)
         if request.machine is not None:
             self._carry_out(request, request.machine.first_token())
 

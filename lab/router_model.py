@@ -98,10 +98,19 @@ class RouterModel:
         worker = chosen.worker.worker_id
         return chosen, machine.picked(worker, chosen.plan, chosen.choice.why, token, prefill_ranks=chosen.prefill_ranks)
 
-    def assign(self, worker: WorkerId, index: int, turn: Turn) -> None:
+    def assign(self, chosen: Chosen, index: int, turn: Turn) -> None:
         """The request counts as load of the worker."""
         tokens = turn.prompt_tokens + turn.output_tokens
-        self._view.assign(worker, index, -(-tokens // self._block_tokens))
+        self._view.assign(chosen.worker.worker_id, index, -(-tokens // self._block_tokens))
+        self._view.work.place(index, *chosen.waits_for)
+
+    def claimed(self, index: int, worker: WorkerId) -> None:
+        """A prefill worker computes its prompt."""
+        self._view.work.claim(index, worker)
+
+    def first_token(self, index: int) -> None:
+        """Its prompt is computed."""
+        self._view.work.done(index)
 
     def release(self, worker: WorkerId, index: int) -> None:
         """It does not any more."""

@@ -49,6 +49,15 @@ class Chosen:
     is_fallback: bool  # the policy failed, least loaded chose
     trace: Trace | None = None  # with a PolicySet: who decided
 
+    @property
+    def waits_for(self) -> tuple[WorkerId | None, int]:
+        """Who computes the prompt (None: any prefill worker), and how many of its tokens."""
+        lanes = [prefill for prefill in self.request.prefill if prefill.worker_id == self.choice.lane]
+        if self.plan != "local" and not lanes:
+            return None, self.request.prompt_tokens
+        where = self.worker if self.plan == "local" else lanes[0]
+        return where.worker_id, max(1, self.request.prompt_tokens - where.hit_blocks * where.block_tokens)
+
     def outcome(
         self, *, prefill_worker: WorkerId | None, cached_tokens: int | None, ttft_s: float | None, itl_s: float | None,
         output_tokens: int,
@@ -87,8 +96,9 @@ class Chooser:
             return None
         prefill = self._view.prefill_members(ask.model, {member.card.fingerprint for member in members})
         hits = self._hit_blocks(ask, [*members, *prefill])
-        workers = [worker_view(member, hits.get(member.card.worker_id, 0)) for member in members]
-        request = self._request_view(ask, [prefill_view(m, hits.get(m.card.worker_id, 0)) for m in prefill])
+        work = self._view.work
+        workers = [worker_view(m, hits.get(m.card.worker_id, 0), work) for m in members]
+        request = self._request_view(ask, [prefill_view(m, hits.get(m.card.worker_id, 0), work) for m in prefill])
         choice, chosen, is_fallback, trace = self._pick(request, workers, now)
         plan = choice.plan or request.default_plan(chosen)
         card = members[workers.index(chosen)].card
@@ -131,6 +141,7 @@ class Chooser:
             priority=ask.priority,
             deadline_s=ask.deadline_s,
             prefill=tuple(prefill),
+            queued_prefill_tokens=self._view.work.tokens(None),
         )
 
     def _hit_blocks(self, ask: Ask, members: list[Member]) -> dict[WorkerId, int]:

@@ -235,6 +235,7 @@ class Router:
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
+            self.membership.view.work.done(stream_id)
             live.cached_tokens = detail.cached_tokens if detail else None
             self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
@@ -286,6 +287,8 @@ class Router:
             return
         match message:
             case PrefillClaimed():
+                if message.attempt == live.machine.attempt:
+                    self.membership.view.work.claim(live.stream_id, message.worker_id)
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
@@ -361,6 +364,8 @@ class Router:
                     generation = live.machine.generation
                     tokens = generation.prompt_tokens + generation.sampling.max_tokens
                     view.assign(worker, live.stream_id, -(-tokens // member.card.block_tokens))
+                    if live.chosen is not None:
+                        view.work.place(live.stream_id, *live.chosen.waits_for)
             case Release(worker=worker):
                 view.release(worker, live.stream_id)
             case ReportStarted(worker=worker, plan=plan, why=why):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ..bus.ids import WorkerId
 from ..bus.messages import Heartbeat, WorkerCard
 from .policies.base import PrefillView, WorkerView
+from .work import PlacedWork
 
 
 @dataclass(slots=True)
@@ -39,6 +40,7 @@ class ClusterView:
         self._dead_s = dead_s
         self._members: dict[WorkerId, Member] = {}
         self._frozen_until_s = 0.0
+        self.work = PlacedWork()
 
     def get(self, worker: WorkerId) -> Member | None:
         """The member, if it lives."""
@@ -96,6 +98,7 @@ class ClusterView:
 
     def release(self, worker: WorkerId, stream_id: int) -> None:
         """The stream is not on `worker` any more."""
+        self.work.done(stream_id)
         member = self._members.get(worker)
         if member is not None:
             member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
@@ -132,7 +135,7 @@ class ClusterView:
         return sorted({member.card.model for member in self._members.values() if member.card.role == "decode"})
 
 
-def worker_view(member: Member, hit_blocks: int) -> WorkerView:
+def worker_view(member: Member, hit_blocks: int, work: PlacedWork) -> WorkerView:
     """The member as a policy sees it."""
     card, heartbeat = member.card, member.heartbeat
     return WorkerView(
@@ -148,11 +151,12 @@ def worker_view(member: Member, hit_blocks: int) -> WorkerView:
         waiting=heartbeat.waiting,
         kv_blocks_free=heartbeat.kv_blocks_free,
         fingerprint=card.fingerprint,
+        local_prefill_tokens=work.tokens(card.worker_id),
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
     )
 
 
-def prefill_view(member: Member, hit_blocks: int) -> PrefillView:
+def prefill_view(member: Member, hit_blocks: int, work: PlacedWork) -> PrefillView:
     """A prefill worker as a policy sees it."""
     card, heartbeat = member.card, member.heartbeat
     return PrefillView(
@@ -163,5 +167,6 @@ def prefill_view(member: Member, hit_blocks: int) -> PrefillView:
         hit_blocks=hit_blocks,
         running=heartbeat.running,
         waiting=heartbeat.waiting,
+        queued_tokens=work.tokens(card.worker_id),
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
     )
