@@ -3,11 +3,12 @@
 Three linear models are fitted live from how requests ended: the time to the first token when the decode worker computes the
 prompt, the same over a prefill worker, and the gap between tokens. The choice is the least of
 
-    TTFT + output tokens x ITL x `itl_weight` + seconds of prefill there x requests running there x `stall_weight`
+    TTFT + output tokens x ITL x `itl_weight` + seconds of prefill x `work_weight`
 
-(a prompt that is computed where others decode stalls each of them: "local" pays for it, "remote" does not), plus what keeps
-KV within the worker's memory and, with limits, what breaks them. Mooncake's Conductor and llm-d's latency scorer choose by
-predicted TTFT alike; the stall is ours.
+(what is computed twice keeps others waiting, so a prefix hit is worth more than its own wait), with a plan to choose also
+seconds of prefill x requests running there x `stall_weight` for "local" (each of them waits while a prompt is computed where
+it decodes), and what keeps KV within the worker's memory and breaks no limit. Mooncake's Conductor and llm-d's latency scorer
+choose by predicted TTFT alike.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class _Way(NamedTuple):
     worker: WorkerView
     plan: Plan
     prefill: PrefillView | None
+    computed: int  # prompt tokens
     ttft_features: tuple[float, ...]
     itl_features: tuple[float, ...]
 
@@ -41,14 +43,16 @@ class CostPolicy:
 
     def __init__(
         self,
+        work_weight: float = 2.0,
         stall_weight: float = 0.5,
         itl_weight: float = 0.1,
         ttft_slo_s: float | None = None,
         itl_slo_s: float | None = None,
     ) -> None:
         """A way that is predicted to break a limit costs ten times what it breaks it by."""
-        if min(stall_weight, itl_weight, ttft_slo_s or 0.0, itl_slo_s or 0.0) < 0:
+        if min(work_weight, stall_weight, itl_weight, ttft_slo_s or 0.0, itl_slo_s or 0.0) < 0:
             raise PolicyError("weights and limits must not be negative")
+        self._work_weight = work_weight
         self._stall_weight = stall_weight
         self._itl_weight = itl_weight
         self._ttft_slo_s = ttft_slo_s
@@ -106,9 +110,9 @@ class CostPolicy:
             "ttft_s": ttft_s,
             "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
         }
-        if way.plan == "local":
-            uncached = request.prompt_tokens - worker.hit_blocks * worker.block_tokens
-            prefill_s = uncached / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
+        prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
+        terms["work_s"] = self._work_weight * prefill_s
+        if way.plan == "local" and request.prefill_workers:
             terms["stall_s"] = self._stall_weight * prefill_s * worker.load
         needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
         if needed > worker.kv_blocks:
@@ -129,14 +133,14 @@ def _ways(request: RequestView, worker: WorkerView) -> list[_Way]:
     if worker.can_prefill_locally or not prefills:
         queued = worker.local_prefill_tokens + uncached
         ttft = (1.0, queued / 1000, _pairs(request.prompt_tokens, uncached), worker.load / 10)
-        ways.append(_Way(worker, "local", None, ttft, itl))
+        ways.append(_Way(worker, "local", None, uncached, ttft, itl))
     if prefills and uncached > request.local_prefill_tokens_max:
         shared = request.queued_prefill_tokens / len(prefills)
         queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
         place = min(range(len(prefills)), key=queues.__getitem__)
         computed = _uncached(request, prefills[place])
         ttft = (1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), worker.load / 10)
-        ways.append(_Way(worker, "remote", prefills[place], ttft, itl))
+        ways.append(_Way(worker, "remote", prefills[place], computed, ttft, itl))
     return ways
 
 

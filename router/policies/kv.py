@@ -1,7 +1,8 @@
 """Prefix hits against load.
 
 `KvPolicy` is the cost of Dynamo's KV router (its docs, "KV cache routing"): blocks of the prompt still to compute plus
-blocks that the worker is busy with, drawn by softmax at a temperature. `Lmetric` has no knob: tokens to compute times
+blocks that the worker is busy with, drawn by softmax at a temperature. There the first count once; then a busy home loses its
+conversations, and two thirds of what could be cached are found (docs/policies.md), so here they count 16 times. `Lmetric` has no knob: tokens to compute times
 requests held (SGLang's `lmetric`; Dynamo's docs name it as well).
 """
 
@@ -18,7 +19,7 @@ from .spread import cheapest, unherded
 class KvPolicy:
     """The worker with the fewest blocks to compute and to keep: `hit_weight x (prompt - hit blocks) + active blocks`."""
 
-    def __init__(self, temperature: float = 0.0, hit_weight: float = 1.0) -> None:
+    def __init__(self, temperature: float = 0.0, hit_weight: float = 16.0) -> None:
         """`temperature` 0 takes the least cost; above it, a worker is as likely as `exp(-cost / (temperature x spread))`."""
         if temperature < 0 or hit_weight < 0:
             raise PolicyError(f"temperature {temperature} and hit_weight {hit_weight} must not be negative")

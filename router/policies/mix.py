@@ -15,7 +15,7 @@ class WeightedMix:
     Loads and queues are shares of the largest among the candidates; a term whose weight is 0 costs nothing.
     """
 
-    def __init__(self, prefix: float = 2.0, load: float = 1.0, queue: float = 1.0, kv: float = 0.5) -> None:
+    def __init__(self, prefix: float = 4.0, load: float = 1.0, queue: float = 1.0, kv: float = 0.5) -> None:
         if min(prefix, load, queue, kv) < 0 or not max(prefix, load, queue, kv):
             raise PolicyError("weights must not be negative, and one must be above 0")
         self._weights = {"prefix": prefix, "load": load, "queue": queue, "kv": kv}
