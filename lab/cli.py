@@ -93,6 +93,8 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
         help="Mooncake or aiperf JSONL, Azure or vidur CSV; or synthetic:KIND,name=value,...",
     )  # fmt: skip
     group.add_argument("--requests", type=_count, default=0, metavar="N", help="only the first N (default: all)")
+    copies = "so many of it side by side, with prefixes of their own (default: 1)"
+    group.add_argument("--copies", type=_count, default=1, metavar="N", help=copies)
     group.add_argument("--speedup", type=_positive, default=1.0, metavar="X", help="arrival rate times X (default: 1)")
     group.add_argument("--resize", type=_positive, default=1.0, metavar="X", help="lengths times X (default: 1)")
     group.add_argument("--as-stamped", action="store_true", help="leave equal time stamps equal (default: spread them)")
@@ -128,6 +130,8 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill-slots", type=_count, default=8, metavar="N", help=slots)
     lane = "ms that a prefill job waits for the worker the policy names; the index then knows prefill caches (default: no lanes)"
     group.add_argument("--lane-wait-ms", type=_positive, default=None, metavar="MS", help=lane)
+    routers = "routers, each with its own view and an equal share of the requests (default: 1)"
+    group.add_argument("--routers", type=_count, default=1, metavar="N", help=routers)
     limits = "what a good request keeps, e.g. ttft=2s,itl=50ms (default: nothing)"
     group.add_argument("--slo", type=slo, default={}, metavar="LIMITS", help=limits)
     group.add_argument(
@@ -195,6 +199,7 @@ def _trace(options: argparse.Namespace) -> Trace:
 
     is_made = options.trace.startswith(PREFIX)
     trace = synthetic(options.trace) if is_made else read_trace(Path(options.trace), as_stamped=options.as_stamped)
+    trace = trace.copies(options.copies) if options.copies > 1 else trace
     trace = trace.first(options.requests) if options.requests else trace
     trace = trace.faster(options.speedup) if options.speedup != 1.0 else trace
     trace = trace.resized(options.resize) if options.resize != 1.0 else trace
@@ -245,6 +250,7 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
             link_gb_per_s=link,
             lane_wait_s=options.lane_wait_ms / 1e3 if options.lane_wait_ms else None,
             local_prefill_tokens_max=local,
+            routers=max(options.routers, 1),
             concurrency=options.concurrency,
             slo=_slo(options),
             seed=options.seed,

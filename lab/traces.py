@@ -100,6 +100,21 @@ class Trace:
         scaled = [replace(t, arrival_s=t.arrival_s / speedup, think_s=t.think_s / speedup) for t in self.turns]
         return replace(self, turns=tuple(scaled))
 
+    def copies(self, count: int) -> Trace:
+        """So many side by side, each with prefixes of its own: more load, as much time between two uses of a prefix."""
+        turns: list[Turn] = []
+        for copy in range(count):
+            base = len(turns)
+            for turn in self.turns:
+                spans = tuple(replace(s, ids=tuple(own_id(copy, i) for i in s.ids)) for s in turn.spans)
+                after = None if turn.after is None else turn.after + base
+                session = f"{turn.session}/{copy}" if turn.session else ""
+                answer = own_id(copy, turn.answer_id)
+                turns.append(replace(turn, spans=spans, after=after, session=session, answer_id=answer))
+        if not any(turn.after is not None for turn in turns):
+            turns.sort(key=lambda turn: turn.arrival_s)
+        return replace(self, turns=tuple(turns))
+
     def resized(self, scale: float) -> Trace:
         """Prompts and answers `scale` times as long, with the same shared prefixes."""
         return replace(self, turns=tuple(_resize(turn, scale) for turn in self.turns))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("bus", "cluster", "router", "transport", "workers")
+FOLDERS = ("bus", "cluster", "lab", "router", "transport", "workers")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 pytestmark = pytest.mark.slow

@@ -168,6 +168,17 @@ def test_goodput_counts_who_kept_both_limits():
     assert summarize(none, trace, 0).goodput == 0.0
 
 
+def test_several_routers_share_the_requests_and_each_sees_all_workers():
+    trace = synthetic(SHARED)
+    one, three = (
+        summarize(replay(trace, Scenario(decode=3, engine=SMALL, routers=routers)), trace, 0) for routers in (1, 3)
+    )
+    assert three.label == "kv, 3 workers, 3 routers"
+    assert three.failed == 0
+    assert three.hit_rate == pytest.approx(one.hit_rate, abs=0.1)
+    assert three.index_blocks_max <= 3 * SMALL.kv_blocks
+
+
 class Lanes:
     """Least loaded, and the prefill worker that has most of the prompt."""
 

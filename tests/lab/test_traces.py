@@ -114,6 +114,16 @@ def test_rate_and_length_can_be_scaled_and_prefixes_stay_shared(tmp_path: Path):
     assert len(trace.first(2).turns) == 2
 
 
+def test_copies_share_nothing_with_each_other(tmp_path: Path):
+    trace = read(tmp_path, MOONCAKE)
+    both = trace.copies(2)
+    assert len(both.turns) == 6
+    assert both.ideal_hit_tokens(64) == 2 * trace.ideal_hit_tokens(64)
+    talks = read(tmp_path, SESSIONS).copies(2).turns
+    assert [turn.after for turn in talks] == [None, None, 0, None, None, 3]
+    assert [turn.session for turn in talks[::3]] == ["a/0", "a/1"]
+
+
 def test_a_closed_loop_finds_the_turn_that_went_before(tmp_path: Path):
     lines = [
         (0, 1024, [1, 2]),
