@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -271,6 +272,7 @@ def _run(options: argparse.Namespace) -> int:
     from .traces import TraceError
 
     try:
+        _check_plots(options)
         trace = _trace(options)
         scenarios = _scenarios(options)
         for scenario in scenarios:
@@ -299,6 +301,7 @@ def _plan(options: argparse.Namespace) -> int:
     options.workers, options.prefill, options.decode = [1], [], []
     options.policy = options.policy or ["kv"]
     try:
+        _check_plots(options)
         trace = _trace(options)
         (base, *others) = _scenarios(options)
         if others or not options.slo:
@@ -351,12 +354,18 @@ def _fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_plots(options: argparse.Namespace) -> None:
+    """Before anything is simulated for a report that cannot be drawn. Raises ValueError."""
+    if options.html and find_spec("matplotlib") is None:
+        raise ValueError("--html needs matplotlib: pip install 'hocket[lab]'")
+
+
 def _report(options: argparse.Namespace, title: str, summaries: list[Summary]) -> int:
-    from .report import NoMatplotlib, write_report
+    from .report import write_report
 
     try:
         write_report(Path(options.html), title, shlex.join(["hocket", *sys.argv[1:]]), summaries)
-    except (NoMatplotlib, OSError) as error:
+    except OSError as error:
         print(f"hocket lab: {error}", file=sys.stderr)
         return 1
     print(f"report: {options.html}")

@@ -61,6 +61,11 @@ class ResolvedEngine(msgspec.Struct, frozen=True):
     max_batched_tokens: int
     profile: Profile | None
 
+    @property
+    def gpus(self) -> int:
+        """Of one worker."""
+        return self.profile.gpus if self.profile else 1
+
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """One run. With `prefill` workers the pool is disaggregated, without every worker does both."""
@@ -87,6 +92,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 600.0
     slo: Slo = Slo()
     seed: int = 0
+
+    def gpus(self) -> tuple[int, int]:
+        """Of one prefill worker, and of one that decodes. Raises timing.ProfileError."""
+        return (self.prefill_engine or self.engine).resolved().gpus, self.engine.resolved().gpus
 
     def kv_shape(self) -> tuple[int, int]:
         """KV bytes of a token, and layers that are sent one by one. Raises timing.ProfileError."""

@@ -133,11 +133,14 @@ def tensor_parallel(profile: Profile, gpus: int) -> Profile:
     """The same model over `gpus` GPUs of one host, from its profile on one. Arithmetic, not measured.
 
     Compute, KV and the reading of weights divide by the GPUs; the rest of a step does not; each layer adds two
-    all-reduces of the activations (2 bytes a value, ring: every GPU sends 2 (n - 1) / n of them).
+    all-reduces of the activations (2 bytes a value, ring: every GPU sends 2 (n - 1) / n of them). Raises ProfileError.
     """
     if gpus == 1:
         return profile
-    assert profile.gpus == 1, "only a profile of one GPU can be divided"
+    if profile.gpus != 1:
+        raise ProfileError(
+            f"profile {profile.name!r} is of {profile.gpus} GPUs already; --tp divides one of a single GPU"
+        )
     c, n, reductions = profile.coefficients, gpus, 2 * profile.layers
     reading_us = min(profile.weight_bytes / HBM_BYTES_PER_US, c.step_us)
     token_us = reductions * 2 * profile.hidden * 2 * (n - 1) / n / NVLINK_BYTES_PER_US
