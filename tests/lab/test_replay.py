@@ -8,6 +8,8 @@ from importlib.metadata import entry_points
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hocket.lab.measure import Summary, cached_tokens, summarize, ttft_s
 from hocket.lab.replay import Replay, Replayed
@@ -128,6 +130,36 @@ def test_n_clients_never_have_more_than_n_requests():
         held += change
         peak = max(peak, held)
     assert peak == 7
+
+
+def test_short_prompts_stay_with_the_decode_worker():
+    trace = synthetic(POISSON)
+    base = Scenario(decode=2, prefill=2, engine=SMALL)
+    shares = [
+        summarize(replay(trace, msgspec.structs.replace(base, local_prefill_tokens_max=most)), trace, 0).remote
+        for most in (0, 600, 100_000)
+    ]
+    assert shares[0] == 1.0
+    assert 0.2 < shares[1] < 0.8
+    assert shares[2] == 0.0
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    prefill=st.integers(0, 2),
+    decode=st.integers(1, 3),
+    kv_blocks=st.integers(60, 200),
+    slots=st.integers(1, 6),
+)
+@settings(max_examples=25, deadline=None)
+def test_nothing_is_lost_in_a_pool_of_any_shape(seed: int, prefill: int, decode: int, kv_blocks: int, slots: int):
+    """Too few blocks, too few slots, refusals, preemptions: `replay` checks that every request ends and every block is back."""
+    trace = synthetic(f"synthetic:shared,requests=60,rate=30,prompt=300,output=40,spread=1,prefix=200,seed={seed}")
+    engine = msgspec.structs.replace(SMALL, kv_blocks=kv_blocks, slots=slots)
+    scenario = Scenario(
+        decode=decode, prefill=prefill, engine=engine, prefill_slots=slots, link_gb_per_s=5.0, timeout_s=30.0, seed=seed
+    )
+    replay(trace, scenario)
 
 
 def test_a_slower_link_costs_time_and_no_bytes():
