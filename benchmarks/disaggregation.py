@@ -4,7 +4,7 @@ The set-up of NVIDIA's published claim for Dynamo (+30 % on one node of 8 GPUs, 
 of an H200 and on virtual time; tensor parallelism is arithmetic (`hocket.lab.timing.tensor_parallel`). For each pool the
 number of clients is swept; a limit on the mean gap between tokens then picks the best point, TTFT up to 3 s on average.
 
-    python benchmarks/disaggregation.py [--quick] [--json FILE] [--ttft-s 3] [--chunk-tokens 8192] [--link-gb-per-s 50]
+    python benchmarks/disaggregation.py [--quick] [--json FILE] [--plot FILE.svg] [--chunk-tokens 8192] [--link-gb-per-s 50]
 """
 
 from __future__ import annotations
@@ -102,9 +102,33 @@ def best(points: list[Row], limit_ms: float, ttft_s: float) -> float | None:
     return reached
 
 
+def plot(file: Path, points: list[Row], ttft_s: float) -> None:
+    """Throughput over ITL, one line a pool; needs matplotlib."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "hocket"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, gpus, title in zip(panels, (8, 16), ("8 GPUs, one node", "16 GPUs, two nodes"), strict=True):
+        for pool in (pool for pool in POOLS if pool.gpus == gpus):
+            rows = [row for row in points if row["pool"] == pool.name and float(row["ttft_s"] or 0) <= ttft_s]
+            x, y = [float(row["itl_ms"] or 0) for row in rows], [float(row["tokens_per_s_gpu"] or 0) for row in rows]
+            axes.plot(x, y, marker=".", ls="-" if pool.prefill else "--", label=pool.name)
+        axes.set(xscale="log", xlabel="mean gap between tokens (ms)", title=title, xlim=(7, 60), ylim=(0, 310))
+        axes.set_xticks([8, 10, 15, 20, 30, 50], ["8", "10", "15", "20", "30", "50"])
+        axes.minorticks_off()
+        axes.grid(visible=True, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("output tokens/s per GPU")
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every point there, a list of objects")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="throughput over ITL; needs matplotlib")
     parser.add_argument("--quick", action="store_true", help="fewer clients and requests: 10 s")
     parser.add_argument("--ttft-s", type=float, default=3.0, help="mean TTFT that may not be passed (3)")
     parser.add_argument("--chunk-tokens", type=int, default=8192, help="tokens in a step (8192)")
@@ -132,6 +156,8 @@ def main() -> None:
         rows,
     )
     write_json(options.json, points)
+    if options.plot:
+        plot(options.plot, points, options.ttft_s)
 
 
 if __name__ == "__main__":

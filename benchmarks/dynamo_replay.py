@@ -4,7 +4,7 @@ Needs a Python with `ai-dynamo` (1.6.1 was compared) in an environment of its ow
     python -m venv dynamo && dynamo/bin/pip install --no-deps ai-dynamo ai-dynamo-runtime typing-extensions pydantic numpy
     python benchmarks/dynamo_replay.py --trace conversation_trace.jsonl --dynamo-python dynamo/bin/python [--workers 16]
 
-Equal: engine formula, 16,384 blocks of 64 tokens, 256 requests and 8,192 tokens a step, time stamps as they are, no delay
+Equal: engine formula, blocks of 64 tokens, 256 requests and 8,192 tokens a step, time stamps as they are, no delay
 of messages. With `kv` the two routers choose for themselves, each by its own view of the load.
 """
 
@@ -29,8 +29,8 @@ THEIRS = """
 import json, sys
 from dynamo._core import _normalize_mocker_config
 from dynamo.replay.api import run_trace_replay
-trace, workers, mode, out = sys.argv[1:]
-sizes = dict(num_gpu_blocks=16384, block_size=64, max_num_seqs=256, max_num_batched_tokens=8192)
+trace, workers, mode, blocks, out = sys.argv[1:]
+sizes = dict(num_gpu_blocks=int(blocks), block_size=64, max_num_seqs=256, max_num_batched_tokens=8192)
 report = run_trace_replay([trace], extra_engine_args=_normalize_mocker_config(dict(engine=sizes)), num_workers=int(workers),
                           router_mode=mode, trace_block_size=512, capture_per_request=True)
 json.dump(report.per_request, open(out, "w"), default=str)
@@ -44,7 +44,7 @@ Theirs = list[dict[str, float]]
 def run_theirs(options: argparse.Namespace, policy: str) -> Theirs:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        arguments = [str(options.trace), str(options.workers), MODES[policy], str(out)]
+        arguments = [str(options.trace), str(options.workers), MODES[policy], str(options.kv_blocks), str(out)]
         command = [options.dynamo_python, "-c", THEIRS, *arguments]
         subprocess.run(command, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         records: Theirs = json.loads(out.read_text())
@@ -52,7 +52,9 @@ def run_theirs(options: argparse.Namespace, policy: str) -> Theirs:
 
 
 def run_ours(options: argparse.Namespace, policy: str) -> list[Request]:
-    scenario = Scenario(decode=options.workers, policy=policy, engine=Engine(), bus_s=0.0, queue_s=0.0)
+    scenario = Scenario(
+        decode=options.workers, policy=policy, engine=Engine(kv_blocks=options.kv_blocks), bus_s=0.0, queue_s=0.0
+    )
     return Replay(read_trace(options.trace, as_stamped=True), scenario).run().requests
 
 
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, required=True, metavar="PATH", help="Mooncake JSONL")
     parser.add_argument("--dynamo-python", required=True, metavar="PYTHON", help="of the environment with ai-dynamo")
     parser.add_argument("--workers", type=int, default=16, metavar="N", help="aggregated (16)")
+    parser.add_argument("--kv-blocks", type=int, default=16384, metavar="N", help="of 64 tokens, each worker (16384)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, a list of objects")
     parser.add_argument("--quick", action="store_true", help="round robin only")
     options = parser.parse_args()

@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,6 +94,8 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
         help="Mooncake or aiperf JSONL, Azure or vidur CSV; or synthetic:KIND,name=value,...",
     )  # fmt: skip
     group.add_argument("--requests", type=_count, default=0, metavar="N", help="only the first N (default: all)")
+    copies = "so many of it side by side, with prefixes of their own (default: 1)"
+    group.add_argument("--copies", type=_count, default=1, metavar="N", help=copies)
     group.add_argument("--speedup", type=_positive, default=1.0, metavar="X", help="arrival rate times X (default: 1)")
     group.add_argument("--resize", type=_positive, default=1.0, metavar="X", help="lengths times X (default: 1)")
     group.add_argument("--as-stamped", action="store_true", help="leave equal time stamps equal (default: spread them)")
@@ -128,6 +131,8 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill-slots", type=_count, default=8, metavar="N", help=slots)
     lane = "ms that a prefill job waits for the worker the policy names; the index then knows prefill caches (default: no lanes)"
     group.add_argument("--lane-wait-ms", type=_positive, default=None, metavar="MS", help=lane)
+    routers = "routers, each with its own view and an equal share of the requests (default: 1)"
+    group.add_argument("--routers", type=_count, default=1, metavar="N", help=routers)
     limits = "what a good request keeps, e.g. ttft=2s,itl=50ms (default: nothing)"
     group.add_argument("--slo", type=slo, default={}, metavar="LIMITS", help=limits)
     group.add_argument(
@@ -195,6 +200,7 @@ def _trace(options: argparse.Namespace) -> Trace:
 
     is_made = options.trace.startswith(PREFIX)
     trace = synthetic(options.trace) if is_made else read_trace(Path(options.trace), as_stamped=options.as_stamped)
+    trace = trace.copies(options.copies) if options.copies > 1 else trace
     trace = trace.first(options.requests) if options.requests else trace
     trace = trace.faster(options.speedup) if options.speedup != 1.0 else trace
     trace = trace.resized(options.resize) if options.resize != 1.0 else trace
@@ -245,6 +251,7 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
             link_gb_per_s=link,
             lane_wait_s=options.lane_wait_ms / 1e3 if options.lane_wait_ms else None,
             local_prefill_tokens_max=local,
+            routers=max(options.routers, 1),
             concurrency=options.concurrency,
             slo=_slo(options),
             seed=options.seed,
@@ -265,6 +272,7 @@ def _run(options: argparse.Namespace) -> int:
     from .traces import TraceError
 
     try:
+        _check_plots(options)
         trace = _trace(options)
         scenarios = _scenarios(options)
         for scenario in scenarios:
@@ -293,6 +301,7 @@ def _plan(options: argparse.Namespace) -> int:
     options.workers, options.prefill, options.decode = [1], [], []
     options.policy = options.policy or ["kv"]
     try:
+        _check_plots(options)
         trace = _trace(options)
         (base, *others) = _scenarios(options)
         if others or not options.slo:
@@ -345,12 +354,18 @@ def _fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_plots(options: argparse.Namespace) -> None:
+    """Before anything is simulated for a report that cannot be drawn. Raises ValueError."""
+    if options.html and find_spec("matplotlib") is None:
+        raise ValueError("--html needs matplotlib: pip install 'hocket[lab]'")
+
+
 def _report(options: argparse.Namespace, title: str, summaries: list[Summary]) -> int:
-    from .report import NoMatplotlib, write_report
+    from .report import write_report
 
     try:
         write_report(Path(options.html), title, shlex.join(["hocket", *sys.argv[1:]]), summaries)
-    except (NoMatplotlib, OSError) as error:
+    except OSError as error:
         print(f"hocket lab: {error}", file=sys.stderr)
         return 1
     print(f"report: {options.html}")

@@ -109,8 +109,7 @@ class Planner:
 
     def _splits(self, prefill: int, decode: int) -> Iterator[tuple[int, int]]:
         """Pools with at least so many on either side, the fewest GPUs first."""
-        base = self._base
-        per_decode, per_prefill = base.engine.tp, (base.prefill_engine or base.engine).tp
+        per_prefill, per_decode = self._base.gpus()
         more = [(x, y) for x in range(ROUNDS_MAX) for y in range(ROUNDS_MAX)]
         more.sort(key=lambda split: (split[0] * per_prefill + split[1] * per_decode, split))
         for extra_prefill, extra_decode in more[:ROUNDS_MAX]:
@@ -119,10 +118,10 @@ class Planner:
     def _rivals(self, together: Summary, apart: Summary) -> list[Summary]:
         """The kind that needs more GPUs, with as many as the other has."""
         gpus = min(together.gpus, apart.gpus)
+        per_prefill, per_decode = self._base.gpus()
         if together.gpus > apart.gpus:
-            workers = gpus // self._base.engine.tp
+            workers = gpus // per_decode
             return [self._run(0, workers)] if workers else []
-        per_decode, per_prefill = self._base.engine.tp, (self._base.prefill_engine or self._base.engine).tp
         share = apart.scenario.prefill * per_prefill / apart.gpus
         prefill = max(1, round(gpus * share / per_prefill))
         decode = (gpus - prefill * per_prefill) // per_decode

@@ -117,7 +117,7 @@ def _make_worker(
         handoff_addresses=("lab://" + name,) if role == "decode" else (),
         engine="lab",
     )
-    link_bytes_per_s = scenario.link_gb_per_s * 1e9 * (resolved.profile.gpus if resolved.profile else 1)
+    link_bytes_per_s = scenario.link_gb_per_s * 1e9 * resolved.gpus
     held_max = slots + max(1, slots // QUEUE_SHARE)
     return SimWorker(card, engine, scenario.heartbeat_s, link_bytes_per_s, held_max)
 

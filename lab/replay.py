@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..bus.ids import WorkerId
-from ..bus.messages import Heartbeat
+from ..bus.messages import Heartbeat, KvEvents
 from ..router.chooser import Chosen
 from ..router.generation import Overloaded
 from ..router.policies.base import load_policy
@@ -37,6 +37,7 @@ class Request:
     turn: Turn
     chain: list[int]
     arrived_s: float
+    router: RouterModel
     machine: RequestMachine | None = None
     chosen: Chosen | None = None
     chosen_s: float = 0.0
@@ -89,13 +90,16 @@ class Replay:
         self._next_turn = 0
         self._messages: Counter[str] = Counter()
         self._rng = random.Random(scenario.seed)
-        self._router = RouterModel(
-            load_policy(scenario.policy),
-            local_prefill_tokens_max=scenario.local_prefill_tokens_max,
-            block_tokens=scenario.engine.block_tokens,
-            feeds_prefill=scenario.lane_wait_s is not None,
-            rng=self._rng,
-        )
+        self._routers = [
+            RouterModel(
+                load_policy(scenario.policy),
+                local_prefill_tokens_max=scenario.local_prefill_tokens_max,
+                block_tokens=scenario.engine.block_tokens,
+                feeds_prefill=scenario.lane_wait_s is not None,
+                rng=random.Random(f"{scenario.seed}/{number}"),
+            )
+            for number in range(scenario.routers)
+        ]
         self._queue: PrefillQueue[Request] = PrefillQueue()
         self._kv_bytes, self._layers = scenario.kv_shape()
         self._workers = make_pool(scenario, self)
@@ -123,8 +127,8 @@ class Replay:
             self._now,
             self._messages,
             events,
-            self._router.index_blocks_max,
-            self._router.policy_failures,
+            max(router.index_blocks_max for router in self._routers),
+            sum(router.policy_failures for router in self._routers),
         )
 
     def _at(self, when_s: float, act: Callable[..., None], *arguments: object) -> None:
@@ -139,7 +143,8 @@ class Replay:
     # ---- the pool
 
     def _join(self, worker: SimWorker) -> None:
-        self._router.join(worker)
+        for router in self._routers:
+            router.join(worker)
         if worker.is_prefill:
             self._queue.pull(worker, worker.card.slots)
         # Workers did not start at the same instant.
@@ -165,11 +170,16 @@ class Replay:
 
     def _publish_kv(self, worker: SimWorker) -> None:
         message = worker.take_kv_events()
-        if message is not None and self._router.hears_kv_of(worker):
-            self._hop("kv_events", self._router.on_kv_events, message)
+        if message is not None and self._routers[0].hears_kv_of(worker):
+            self._hop("kv_events", self._on_kv_events, message)
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self._router.on_heartbeat(heartbeat, self._now)
+        for router in self._routers:
+            router.on_heartbeat(heartbeat, self._now)
+
+    def _on_kv_events(self, message: KvEvents) -> None:
+        for router in self._routers:
+            router.on_kv_events(message)
 
     def _reschedule(self, worker: SimWorker) -> None:
         worker.version += 1
@@ -210,13 +220,14 @@ class Replay:
     def _arrive(self, index: int) -> None:
         turn = self._trace.turns[index]
         chain = turn.chain(self._scenario.engine.block_tokens)
-        request = Request(index, turn, chain, self._now)
+        router = self._routers[index % len(self._routers)]
+        request = Request(index, turn, chain, self._now, router)
         self._requests.append(request)
         self._ask(request)
 
     def _ask(self, request: Request) -> None:
         deadline_s = request.arrived_s + self._scenario.timeout_s
-        generation = self._router.generation(request.index, request.turn, deadline_s)
+        generation = request.router.generation(request.index, request.turn, deadline_s)
         request.machine = RequestMachine(generation)
         self._carry_out(request, request.machine.begin())
 
@@ -244,9 +255,9 @@ class Replay:
                     todo.extend(self._pick(request, exclude))
                 case Assign():
                     assert request.chosen is not None
-                    self._router.assign(request.chosen, request.index, request.turn)
+                    request.router.assign(request.chosen, request.index, request.turn)
                 case Release(worker=worker):
-                    self._router.release(worker, request.index)
+                    request.router.release(worker, request.index)
                 case AskDecode() as ask:
                     self._hop("decode_job", self._offer, request, ask)
                 case PublishPrefill():
@@ -260,7 +271,7 @@ class Replay:
     def _pick(self, request: Request, exclude: frozenset[WorkerId]) -> list[Instruction]:
         assert request.machine is not None
         request.chosen_s = self._now
-        request.chosen, instructions = self._router.pick(
+        request.chosen, instructions = request.router.pick(
             request.machine, request.turn, request.chain, exclude, self._now
         )
         return instructions
@@ -339,7 +350,7 @@ class Replay:
             self._hop("prefill_claimed", self._claimed, request, worker.worker_id)
 
     def _claimed(self, request: Request, worker: WorkerId) -> None:
-        self._router.claimed(request.index, worker)
+        request.router.claimed(request.index, worker)
         if request.machine is not None:
             self._carry_out(request, request.machine.claimed(request.machine.attempt, worker, ""))
 
@@ -428,7 +439,7 @@ class Replay:
 
     def _first_token(self, request: Request) -> None:
         request.first_s = self._now
-        self._router.first_token(request.index)
+        request.router.first_token(request.index)
         if request.machine is not None:
             self._carry_out(request, request.machine.first_token())
 
@@ -439,7 +450,7 @@ class Replay:
         assert work is not None
         assert request.first_s is not None
         gaps = request.turn.output_tokens - 1
-        self._router.observe(
+        request.router.observe(
             chosen,
             machine.prefilled_by,
             work.cached_tokens,

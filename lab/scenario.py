@@ -61,6 +61,11 @@ class ResolvedEngine(msgspec.Struct, frozen=True):
     max_batched_tokens: int
     profile: Profile | None
 
+    @property
+    def gpus(self) -> int:
+        """Of one worker."""
+        return self.profile.gpus if self.profile else 1
+
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """One run. With `prefill` workers the pool is disaggregated, without every worker does both."""
@@ -79,6 +84,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     is_layerwise: bool = True  # a layer's KV is sent while the next is computed
     kv_bytes_per_token: int = 0  # 0: of the profile; mocker: Llama-70B's 320 KiB
     local_prefill_tokens_max: int = 16
+    routers: int = 1  # requests go to each in turn
     bus_s: float = 3e-4  # one message, from who sends it to who handles it
     queue_s: float = 1e-3  # a prefill job, from its publisher to whoever pulls it
     heartbeat_s: float = 0.5
@@ -86,6 +92,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 600.0
     slo: Slo = Slo()
     seed: int = 0
+
+    def gpus(self) -> tuple[int, int]:
+        """Of one prefill worker, and of one that decodes. Raises timing.ProfileError."""
+        return (self.prefill_engine or self.engine).resolved().gpus, self.engine.resolved().gpus
 
     def kv_shape(self) -> tuple[int, int]:
         """KV bytes of a token, and layers that are sent one by one. Raises timing.ProfileError."""
@@ -98,9 +108,17 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         """Short, for tables and plots."""
         decode, prefill = self.engine, self.prefill_engine or self.engine
         of_decode, of_prefill = (f" TP{engine.tp}" if engine.tp > 1 else "" for engine in (decode, prefill))
+        pool = f"{self.decode} workers{of_decode}"
         if self.prefill:
-            return f"{self.policy}, {self.prefill}P{of_prefill} : {self.decode}D{of_decode}"
-        return f"{self.policy}, {self.decode} workers{of_decode}"
+            pool = f"{self.prefill}P{of_prefill} : {self.decode}D{of_decode}"
+        usual = Scenario(decode=1)
+        more = [
+            f", {self.link_gb_per_s:g} GB/s" * (self.link_gb_per_s != usual.link_gb_per_s),
+            f", local {self.local_prefill_tokens_max}"
+            * (self.local_prefill_tokens_max != usual.local_prefill_tokens_max),
+            f", {self.routers} routers" * (self.routers != usual.routers),
+        ]
+        return f"{self.policy}, {pool}{''.join(more)}"
 
 
 Outcome = Literal["ok", "too_long", "timeout"]

@@ -70,6 +70,11 @@ def test_tensor_parallelism_divides_work_and_memory_and_adds_messages():
     assert four.kv_tokens > 4 * one.kv_tokens  # The weights are there once and not four times.
 
 
+def test_a_profile_of_several_gpus_is_not_divided_again():
+    with pytest.raises(ProfileError, match="of 4 GPUs already"):
+        tensor_parallel(tensor_parallel(load_profile("h200-llama-8b"), 4), 2)
+
+
 def test_the_mockers_formula_has_no_tensor_parallelism():
     with pytest.raises(ProfileError, match="name a profile"):
         Engine(tp=2).resolved()
