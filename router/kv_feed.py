@@ -19,6 +19,7 @@ class FeedMode(Enum):
 
     EXACT = "exact"
     CATCHING_UP = "catching_up"
+    APPROXIMATE = "approximate"  # events are applied, but they are not the whole truth
 
 
 class KvFeed:
@@ -48,13 +49,16 @@ class KvFeed:
 
     def on_heartbeat(self, seq: int) -> bool:
         """The worker has sent events up to `seq`; True when some are missing and a snapshot has to be fetched now."""
-        if self.mode is FeedMode.EXACT and seq > self._seq:
+        if self.mode is not FeedMode.CATCHING_UP and seq > self._seq:
             self.mode = FeedMode.CATCHING_UP
             return True
         return False
 
     def on_snapshot(self, snapshot: KvSnapshot) -> bool:
-        """Start over from the snapshot and what was held since; True when another one is needed."""
+        """Start over from the snapshot and what was held since; True when another one is needed.
+
+        A snapshot that was cut leaves the worker APPROXIMATE: what it lacks may be there all the same.
+        """
         hashes = array.array("Q")
         hashes.frombytes(snapshot.hashes)
         if sys.byteorder == "big":
@@ -63,11 +67,18 @@ class KvFeed:
         self._index.store(self._worker, hashes)
         self._seq = snapshot.seq
         held, self._held = self._held, []
-        self.mode = FeedMode.EXACT
+        self.mode = FeedMode.EXACT if snapshot.is_complete else FeedMode.APPROXIMATE
         is_short = False
         for message in held:  # After a gap the rest is held again, so every message must be seen.
             is_short = self.on_events(message) or is_short
         return is_short
+
+    def on_drift(self) -> bool:
+        """The engine does not confirm the index: not exact any more; True when a snapshot has to be fetched now."""
+        if self.mode is not FeedMode.EXACT:
+            return False
+        self.mode = FeedMode.APPROXIMATE
+        return True
 
     def _apply(self, seq: int, events: list[KvEvent]) -> None:
         self._seq = seq
