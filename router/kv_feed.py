@@ -30,6 +30,8 @@ class KvFeed:
         self._worker = worker
         self._seq = 0
         self._held: list[KvEvents] = []
+        self._is_whole = True  # the last snapshot was not cut
+        self._is_doubted = False  # the engine does not confirm it
         self.mode = FeedMode.CATCHING_UP
         index.add_worker(worker)
 
@@ -67,18 +69,24 @@ class KvFeed:
         self._index.store(self._worker, hashes)
         self._seq = snapshot.seq
         held, self._held = self._held, []
-        self.mode = FeedMode.EXACT if snapshot.is_complete else FeedMode.APPROXIMATE
+        self._is_whole = snapshot.is_complete
+        self.mode = self._settled()
         is_short = False
         for message in held:  # After a gap the rest is held again, so every message must be seen.
             is_short = self.on_events(message) or is_short
         return is_short
 
-    def on_drift(self) -> bool:
-        """The engine does not confirm the index: not exact any more; True when a snapshot has to be fetched now."""
-        if self.mode is not FeedMode.EXACT:
+    def on_truth(self, *, has_drifted: bool) -> bool:
+        """Whether what the engine reports has drifted from the index; True when a snapshot has to be fetched now."""
+        is_new = has_drifted and not self._is_doubted
+        self._is_doubted = has_drifted
+        if self.mode is FeedMode.CATCHING_UP:
             return False
-        self.mode = FeedMode.APPROXIMATE
-        return True
+        self.mode = self._settled()
+        return is_new
+
+    def _settled(self) -> FeedMode:
+        return FeedMode.EXACT if self._is_whole and not self._is_doubted else FeedMode.APPROXIMATE
 
     def _apply(self, seq: int, events: list[KvEvent]) -> None:
         self._seq = seq

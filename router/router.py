@@ -216,6 +216,8 @@ class Router:
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
             live.cached_tokens = detail.cached_tokens if detail else None
+            if live.chosen is not None and live.cached_tokens is not None:
+                self.membership.check_truth(live.chosen, live.cached_tokens)
             self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
     def on_gap(self, stream_id: int, next_index: int) -> None:
@@ -266,6 +268,8 @@ class Router:
             return
         match message:
             case PrefillClaimed():
+                if live.chosen is not None and message.attempt == live.machine.attempt:
+                    self.chooser.claimed(live.chosen, message.worker_id, self._clock())
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
@@ -361,6 +365,8 @@ class Router:
             case NakJob(ack_subject=ack_subject, delay_s=delay_s):
                 self._bus.jobs.nak_for(ack_subject, delay_s)
             case FailStream(failure=failure):
+                if live.chosen is not None:
+                    self.chooser.released(live.chosen)
                 self._streams.fail(live.stream_id, failure)
                 self._count_end(live, "failed")
             case Forget():
@@ -376,10 +382,13 @@ class Router:
 
     def _pick(self, live: Live, exclude: frozenset[WorkerId]) -> list[Instruction]:
         generation, now = live.machine.generation, self._clock()
+        if live.chosen is not None:
+            self.chooser.released(live.chosen)
         chosen = live.chosen = self.chooser.choose(ask_of(generation), exclude, now)
         live.chosen_s = now
         if chosen is None:
             return live.machine.nothing_to_pick()
+        self.chooser.placed(chosen, now)
         self._metrics.policy_failures.inc(chosen.is_fallback)
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)

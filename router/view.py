@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..bus.ids import WorkerId
 from ..bus.messages import Heartbeat, WorkerCard
-from .policies.base import PrefillView, WorkerView
+from .policies.base import IndexMode, PrefillView, WorkerView
 
 
 @dataclass(slots=True)
@@ -25,6 +25,8 @@ class Member:
     is_suspect: bool = False
     in_flight: dict[int, int] = field(default_factory=dict)  # our streams on it -> KV blocks they may need
     in_flight_blocks: int = 0
+    index_mode: IndexMode = "exact"
+    cold_view: WorkerView | None = None  # without a hit, as of now; None: something has changed since it was made
 
     @property
     def can_take_work(self) -> bool:
@@ -65,6 +67,7 @@ class ClusterView:
         if member is None or member.card.epoch != heartbeat.epoch:
             return False
         member.heartbeat = heartbeat
+        member.cold_view = None
         member.seen_s = now
         member.is_suspect = False
         return True
@@ -93,12 +96,21 @@ class ClusterView:
         if member is not None and stream_id not in member.in_flight:
             member.in_flight[stream_id] = blocks
             member.in_flight_blocks += blocks
+            member.cold_view = None
 
     def release(self, worker: WorkerId, stream_id: int) -> None:
         """The stream is not on `worker` any more."""
         member = self._members.get(worker)
         if member is not None:
             member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
+            member.cold_view = None
+
+    def trust(self, worker: WorkerId, mode: IndexMode) -> None:
+        """How far the index is to be believed for `worker` from now on."""
+        member = self._members.get(worker)
+        if member is not None:
+            member.index_mode = mode
+            member.cold_view = None
 
     def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
         """Decode workers that may get a new request for `model`."""
@@ -134,6 +146,14 @@ class ClusterView:
 
 def worker_view(member: Member, hit_blocks: int) -> WorkerView:
     """The member as a policy sees it."""
+    if hit_blocks:
+        return _worker_view(member, hit_blocks)
+    if member.cold_view is None:  # Most of a large pool has no hit, and to build a view takes a microsecond.
+        member.cold_view = _worker_view(member, 0)
+    return member.cold_view
+
+
+def _worker_view(member: Member, hit_blocks: int) -> WorkerView:
     card, heartbeat = member.card, member.heartbeat
     return WorkerView(
         worker_id=card.worker_id,
@@ -148,6 +168,7 @@ def worker_view(member: Member, hit_blocks: int) -> WorkerView:
         waiting=heartbeat.waiting,
         kv_blocks_free=heartbeat.kv_blocks_free,
         fingerprint=card.fingerprint,
+        index_mode=member.index_mode,
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
     )
 
