@@ -95,7 +95,7 @@ class Chooser:
         request = self._request_view(ask, [prefill_view(m, hits.get(m.card.worker_id, 0)) for m in prefill])
         choice, chosen, is_fallback = self._pick(request, workers, now)
         plan = choice.plan or request.default_plan(chosen)
-        card = members[workers.index(chosen)].card
+        card = next(member.card for member in members if member.card.worker_id == chosen.worker_id)
         ranks = self._view.prefill_ranks(ask.model, card.fingerprint)
         if not ranks or not card.handoff_addresses:
             plan = "local"

@@ -15,7 +15,7 @@ from ..bus.ids import WorkerId
 from ..bus.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 
 SETS_MAX = 4096
-"""Distinct holder sets that are remembered; past it all are forgotten, which costs memory and time but no answer."""
+"""Distinct holder sets that are remembered, looked at once a message; past it all are forgotten, which costs memory and time but no answer."""
 
 
 class PrefixIndex:
@@ -66,10 +66,12 @@ class PrefixIndex:
     def store(self, worker: WorkerId, hashes: Iterable[int]) -> None:
         """The worker holds these blocks now."""
         bit, held, holders = self._bits[worker], self._held[worker], self._holders
-        for block_hash in hashes:
-            before = holders.get(block_hash, 0)
-            holders[block_hash] = self._one(before | bit)
-            held.add(block_hash)
+        fresh = [block_hash for block_hash in hashes if block_hash not in held]
+        one = self._sets_with_room().setdefault
+        for block_hash in fresh:
+            bits = holders.get(block_hash, 0) | bit
+            holders[block_hash] = one(bits, bits)
+        held.update(fresh)
 
     def clear(self, worker: WorkerId) -> None:
         """The worker holds nothing now."""
@@ -78,12 +80,13 @@ class PrefixIndex:
     def drop(self, worker: WorkerId, hashes: Iterable[int]) -> None:
         """The worker holds these blocks no more; blocks it did not hold are ignored."""
         bit, held, holders = self._bits[worker], self._held[worker], self._holders
+        one = self._sets_with_room().setdefault
         for block_hash in hashes:
             if block_hash not in held:
                 continue
             held.remove(block_hash)
             if left := holders[block_hash] & ~bit:
-                holders[block_hash] = self._one(left)
+                holders[block_hash] = one(left, left)
             else:
                 del holders[block_hash]
 
@@ -95,7 +98,8 @@ class PrefixIndex:
             still = alive & (holders or 0)
             if still != alive:
                 if depth:
-                    hits.update(dict.fromkeys(self._named(alive & ~still), depth))
+                    for worker in self._named(alive & ~still):
+                        hits[worker] = depth
                 alive = still
                 if not alive:
                     return hits
@@ -113,7 +117,7 @@ class PrefixIndex:
             self._workers_of[bits] = workers
         return workers
 
-    def _one(self, bits: int) -> int:
+    def _sets_with_room(self) -> dict[int, int]:
         if len(self._sets) >= SETS_MAX:
             self._sets.clear()
-        return self._sets.setdefault(bits, bits)
+        return self._sets

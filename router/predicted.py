@@ -6,8 +6,8 @@ together because the first of them counts at once; a worker that says nothing, o
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice, takewhile
 
 from ..bus.ids import RequestId, WorkerId
 from .index import PrefixIndex
@@ -31,7 +31,7 @@ class PredictedIndex:
         self._blocks = 0
         self._index = PrefixIndex()
         # By age: block -> until when, and for which request. In a chain the end is older than the start.
-        self._until: dict[WorkerId, OrderedDict[int, tuple[float, RequestId]]] = {}
+        self._until: dict[WorkerId, dict[int, tuple[float, RequestId]]] = {}
 
     def __len__(self) -> int:
         return self._blocks
@@ -41,22 +41,22 @@ class PredictedIndex:
     ) -> None:
         """The prompt goes to `worker`, which has room for `capacity` blocks, and counts as held there until `until_s`."""
         if worker not in self._until:
-            self._until[worker] = OrderedDict()
+            self._until[worker] = {}
             self._index.add_worker(worker)
         blocks = self._until[worker]
         self._blocks -= len(blocks)
         kept = hashes[:capacity]
-        for block_hash in reversed(kept):
-            blocks[block_hash] = (max(until_s, blocks.get(block_hash, (0.0,))[0]), request_id)
-            blocks.move_to_end(block_hash)
+        for block_hash in [block for block in kept if block in blocks]:
+            del blocks[block_hash]  # What is set again would keep its old place.
+        blocks.update(dict.fromkeys(reversed(kept), (until_s, request_id)))
         self._index.store(worker, kept)
         room = min(capacity, self._blocks_max - self._blocks)
-        self._index.drop(worker, [blocks.popitem(last=False)[0] for _ in range(len(blocks) - room)])
         self._blocks += len(blocks)
+        self._forget(worker, list(islice(blocks, max(0, len(blocks) - room))))
 
     def released(self, worker: WorkerId, request_id: RequestId, hashes: Sequence[int]) -> None:
         """The request failed: what only it would have brought is not there. Blocks that others placed since stay."""
-        blocks = self._until.get(worker, OrderedDict())
+        blocks = self._until.get(worker, {})
         self._forget(worker, [block for block in hashes if block in blocks and blocks[block][1] == request_id])
 
     def remove_worker(self, worker: WorkerId) -> None:
@@ -71,11 +71,8 @@ class PredictedIndex:
     def hit_blocks(self, hashes: Sequence[int], now: float) -> dict[WorkerId, int]:
         """As `PrefixIndex.hit_blocks`."""
         for worker, blocks in self._until.items():
-            while blocks:
-                oldest = next(iter(blocks))
-                if blocks[oldest][0] > now:
-                    break
-                self._forget(worker, [oldest])
+            if blocks and next(iter(blocks.values()))[0] <= now:
+                self._forget(worker, list(takewhile(lambda block: blocks[block][0] <= now, blocks)))  # noqa: B023  # Used up here.
         return self._index.hit_blocks(hashes) if self._blocks else {}
 
     def _forget(self, worker: WorkerId, hashes: Sequence[int]) -> None:
