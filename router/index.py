@@ -15,7 +15,7 @@ from ..bus.ids import WorkerId
 from ..bus.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
 
 SETS_MAX = 4096
-"""Distinct holder sets that are remembered, looked at once a message; past it all are forgotten, which costs memory and time but no answer."""
+"""Distinct holder sets that are remembered, looked at once a message; past it all are forgotten, which costs no answer."""
 
 
 class PrefixIndex:
