@@ -76,6 +76,8 @@ class PredictedIndex:
         return self._index.hit_blocks(hashes) if self._blocks else {}
 
     def _forget(self, worker: WorkerId, hashes: Sequence[int]) -> None:
+        if not hashes:
+            return  # The worker may be one that nothing was placed on.
         for block_hash in hashes:
             del self._until[worker][block_hash]
         self._blocks -= len(hashes)

@@ -91,6 +91,16 @@ def test_a_request_that_failed_takes_its_predictions_along_but_not_what_was_told
     assert pool.index.blocks_of(chosen.worker.worker_id) == 3
 
 
+def test_a_request_without_a_whole_block_can_be_released():
+    pool = Pool()
+    chosen = pool.chooser.choose(ask("1", range(3)), frozenset(), 0.0)
+    assert chosen is not None
+    pool.chooser.placed(chosen, 0.0)
+    pool.chooser.released(chosen)
+    PredictedIndex().released(A, RequestId("1"), HASHES)
+    assert pool.hits(ask("2"), 0.1) == {}
+
+
 def test_blocks_that_a_sibling_placed_since_outlive_the_request_that_failed():
     index = PredictedIndex()
     index.placed(A, RequestId("1"), HASHES, until_s=5.0, capacity=40)
