@@ -235,8 +235,11 @@ class Router:
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
-            self.membership.view.work.done(stream_id)
             live.cached_tokens = detail.cached_tokens if detail else None
+            if live.chosen is not None:
+                self.chooser.computed(live.chosen)
+                if live.cached_tokens is not None:
+                    self.membership.check_truth(live.chosen, live.cached_tokens)
             self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
     def on_gap(self, stream_id: int, next_index: int) -> None:
@@ -287,8 +290,8 @@ class Router:
             return
         match message:
             case PrefillClaimed():
-                if message.attempt == live.machine.attempt:
-                    self.membership.view.work.claim(live.stream_id, message.worker_id)
+                if live.chosen is not None and message.attempt == live.machine.attempt:
+                    self.chooser.claimed(live.chosen, message.worker_id, self._clock())
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
@@ -364,10 +367,10 @@ class Router:
                     generation = live.machine.generation
                     tokens = generation.prompt_tokens + generation.sampling.max_tokens
                     view.assign(worker, live.stream_id, -(-tokens // member.card.block_tokens))
-                    if live.chosen is not None:
-                        view.work.place(live.stream_id, *live.chosen.waits_for)
             case Release(worker=worker):
                 view.release(worker, live.stream_id)
+                if live.chosen is not None:
+                    self.chooser.computed(live.chosen)
             case ReportStarted(worker=worker, plan=plan, why=why):
                 if not live.started.done():
                     live.started.set_result(Started(live.stream_id, plan, worker, why))
@@ -387,6 +390,8 @@ class Router:
             case NakJob(ack_subject=ack_subject, delay_s=delay_s):
                 self._bus.jobs.nak_for(ack_subject, delay_s)
             case FailStream(failure=failure):
+                if live.chosen is not None:
+                    self.chooser.released(live.chosen)
                 self._streams.fail(live.stream_id, failure)
                 self._count_end(live, "failed", f"{failure.code}: {failure.message}")
             case Forget():
@@ -411,6 +416,8 @@ class Router:
 
     def _pick(self, live: Live, exclude: frozenset[WorkerId]) -> list[Instruction]:
         generation, now = live.machine.generation, self._clock()
+        if live.chosen is not None:
+            self.chooser.released(live.chosen)
         chosen = live.chosen = self.chooser.choose(ask_of(generation), exclude, now)
         live.chosen_s = now
         if live.record is not None:
@@ -418,6 +425,7 @@ class Router:
             self.receipts.picked(live.record, chosen, now, members=members, exclude=exclude)
         if chosen is None:
             return live.machine.nothing_to_pick()
+        self.chooser.placed(chosen, now)
         self._metrics.policy_failures.inc(chosen.is_fallback)
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)
