@@ -129,7 +129,7 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-prefill-tokens-max", type=_count, action="append", metavar="N", help=local)
     slots = "jobs that a prefill worker pulls at once (default: 8)"
     group.add_argument("--prefill-slots", type=_count, default=8, metavar="N", help=slots)
-    lane = "ms that a prefill job waits for the worker the policy names; the index then knows prefill caches (default: no lanes)"
+    lane = "ms that a prefill job waits for the worker the policy names (default: no lanes)"
     group.add_argument("--lane-wait-ms", type=_positive, default=None, metavar="MS", help=lane)
     routers = "routers, each with its own view and an equal share of the requests (default: 1)"
     group.add_argument("--routers", type=_count, default=1, metavar="N", help=routers)

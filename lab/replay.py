@@ -95,7 +95,6 @@ class Replay:
                 load_policy(scenario.policy),
                 local_prefill_tokens_max=scenario.local_prefill_tokens_max,
                 block_tokens=scenario.engine.block_tokens,
-                feeds_prefill=scenario.lane_wait_s is not None,
                 rng=random.Random(f"{scenario.seed}/{number}"),
             )
             for number in range(scenario.routers)
@@ -170,7 +169,7 @@ class Replay:
 
     def _publish_kv(self, worker: SimWorker) -> None:
         message = worker.take_kv_events()
-        if message is not None and self._routers[0].hears_kv_of(worker):
+        if message is not None:
             self._hop("kv_events", self._on_kv_events, message)
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
@@ -253,11 +252,10 @@ class Replay:
             match todo.popleft():
                 case Pick(exclude=exclude):
                     todo.extend(self._pick(request, exclude))
-                case Assign():
-                    assert request.chosen is not None
-                    request.router.assign(request.chosen, request.index, request.turn)
+                case Assign(worker=worker):
+                    request.router.assign(worker, request.index, request.turn)
                 case Release(worker=worker):
-                    request.router.release(worker, request.index)
+                    request.router.release(worker, request.index, request.chosen)
                 case AskDecode() as ask:
                     self._hop("decode_job", self._offer, request, ask)
                 case PublishPrefill():
@@ -272,7 +270,7 @@ class Replay:
         assert request.machine is not None
         request.chosen_s = self._now
         request.chosen, instructions = request.router.pick(
-            request.machine, request.turn, request.chain, exclude, self._now
+            request.machine, request.turn, request.chain, exclude, self._now, request.chosen
         )
         return instructions
 
@@ -350,7 +348,8 @@ class Replay:
             self._hop("prefill_claimed", self._claimed, request, worker.worker_id)
 
     def _claimed(self, request: Request, worker: WorkerId) -> None:
-        request.router.claimed(request.index, worker)
+        if request.chosen is not None:
+            request.router.claimed(request.chosen, worker, self._now)
         if request.machine is not None:
             self._carry_out(request, request.machine.claimed(request.machine.attempt, worker, ""))
 
@@ -439,7 +438,8 @@ class Replay:
 
     def _first_token(self, request: Request) -> None:
         request.first_s = self._now
-        request.router.first_token(request.index)
+        if request.chosen is not None and request.work is not None:
+            request.router.first_token(request.chosen, request.work.cached_tokens)
         if request.machine is not None:
             self._carry_out(request, request.machine.first_token())
 

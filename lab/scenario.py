@@ -77,8 +77,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     prefill_engine: Engine | None = None  # None: as `engine`
     prefill_slots: int = 8  # jobs that a prefill worker pulls at once
     lane_wait_s: float | None = None
-    """A prefill job goes to the worker of `Choice.lane` if that has a free slot within this time, and the index knows prefill
-    workers' caches. None, as the router is now: whoever pulls first, and nothing is known of their caches."""
+    """A prefill job goes to the worker of `Choice.lane` if that has a free slot within this time. None, as the router is now:
+    whoever pulls first."""
     link_gb_per_s: float = 64.0  # of each GPU, in and out
     link_latency_s: float = 1e-3  # grant, last digest, word that it landed
     is_layerwise: bool = True  # a layer's KV is sent while the next is computed
