@@ -134,7 +134,7 @@ def _ways(request: RequestView, worker: WorkerView) -> list[_Way]:
         queued = worker.local_prefill_tokens + uncached
         ttft = (1.0, queued / 1000, _pairs(request.prompt_tokens, uncached), worker.load / 10)
         ways.append(_Way(worker, "local", None, uncached, ttft, itl))
-    if prefills and uncached > request.local_prefill_tokens_max:
+    if prefills and (uncached > request.local_prefill_tokens_max or not ways):
         shared = request.queued_prefill_tokens / len(prefills)
         queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
         place = min(range(len(prefills)), key=queues.__getitem__)
