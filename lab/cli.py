@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .chaos_cli import add_chaos_commands
+
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_pool(run)
     _add_engine(run)
     _add_output(run)
+    add_chaos_commands(actions)
 
     plan = _command(actions, "plan", "how many GPUs a trace needs under an SLO, and whether to disaggregate", _plan)
     _add_trace(plan)

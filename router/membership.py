@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 2.0
 TICK_S = 0.25
+PAUSE_S = 1.0
+"""A gap between ticks that means we were suspended ourselves: what the workers said meanwhile is still to be read."""
 SNAPSHOT_RETRY_S = 1.0
 """A snapshot that failed is asked for again after this long."""
 
@@ -71,9 +73,14 @@ class Membership:
 
     async def watch(self) -> None:
         """Look for silent workers until cancelled."""
+        ticked_s = self._clock()
         while True:
             await asyncio.sleep(TICK_S)
-            suspects, dead = self.view.silent(self._clock())
+            now = self._clock()
+            if now - ticked_s > PAUSE_S:
+                self.view.freeze(now)
+            ticked_s = now
+            suspects, dead = self.view.silent(now)
             for worker in suspects:
                 log.warning("worker silent", extra={"worker_id": worker})
                 self._ask("ping", worker, self._ping(worker))

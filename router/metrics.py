@@ -34,7 +34,8 @@ _SECONDS = (
 class RouterMetrics:
     """Everything /metrics shows of one router."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
         self.registry = registry
         self.requests = Counter(
             "hocket_requests", "Generations that ended, by outcome and plan", ["outcome", "plan"], registry=registry

@@ -50,6 +50,7 @@ from .request import (
     Forget,
     Instruction,
     NakJob,
+    Phase,
     Pick,
     PublishPrefill,
     Rebind,
@@ -123,6 +124,7 @@ class Router:
         self._by_request: dict[RequestId, Live] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._is_stopping = False
+        self._unsent_cancels: deque[bytes] = deque(maxlen=config.streams_max)  # while there is no connection
         self.membership = Membership(
             bus,
             config.pool,
@@ -163,6 +165,7 @@ class Router:
             await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
             await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            self._bus.on_connection(self._on_connection)
             await self.membership.start(tasks)
             await self.control.start(tasks)
             tasks.create_task(self.membership.watch(), name="watch-workers")
@@ -281,6 +284,19 @@ class Router:
 
     # ---- events from the bus
 
+    def _on_connection(self, is_connected: bool) -> None:
+        """While we were away a worker may have given our streams up, and will not say so again."""
+        if not is_connected:
+            return
+        while self._unsent_cancels and self._bus.publish_nowait(
+            subjects.cancel(self._config.pool), self._unsent_cancels[0]
+        ):
+            self._unsent_cancels.popleft()
+        for stream_id, live in self._live.items():
+            next_index = self._streams.next_index(stream_id)
+            if live.machine.phase is Phase.RUNNING and next_index is not None:
+                self.on_gap(stream_id, next_index)
+
     def _on_event(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
         if not isinstance(message, PrefillClaimed | PrefillDone | PrefillFailed):
@@ -382,8 +398,7 @@ class Router:
                 self._metrics.retries.inc()
                 self._streams.rebind(live.stream_id, attempt)
             case CancelAttempts(attempt=attempt):
-                cancel = Cancel(live.machine.generation.request_id, attempt)
-                self._bus.publish_nowait(subjects.cancel(self._config.pool), encode(cancel))
+                self._cancel(encode(Cancel(live.machine.generation.request_id, attempt)))
             case DeleteJob(sequence=sequence):
                 assert self._tasks is not None
                 self._tasks.create_task(self._dispatch.delete_job(sequence), name="delete-job")
@@ -398,6 +413,10 @@ class Router:
                 self._live.pop(live.stream_id, None)
                 self._by_request.pop(live.machine.generation.request_id, None)
                 self._metrics.running.set(len(self._live))
+
+    def _cancel(self, cancel: bytes) -> None:
+        if not self._bus.publish_nowait(subjects.cancel(self._config.pool), cancel):
+            self._unsent_cancels.append(cancel)
 
     def _count_end(self, live: Live, outcome: str, detail: str = "") -> None:
         self._metrics.requests.labels(outcome, live.machine.plan).inc()

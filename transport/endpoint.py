@@ -57,7 +57,7 @@ from .handoff import (
 )
 from .handoff import LinkLost as LinkLostEvent
 from .layout import HANDOFF_PROTOCOL, KvLayout
-from .mover import tag_of
+from .mover import Mover, tag_of
 from .movers import CUT_BYTES, mover_for, sizes_for
 from .peers import Peers
 from .pool import HostKvPool
@@ -118,6 +118,8 @@ class HandoffEndpoint:
         listens: bool = True,
         staging_bytes: int = STAGING_BYTES,
         clock: Callable[[], float] = time.monotonic,
+        nonce: bytes | None = None,
+        make_mover: Callable[[KvPool, int], Mover] = mover_for,
     ) -> None:
         layout = pool.layout
         if len(layout.layers) > frames.LAYERS_MAX or pool.blocks > frames.BLOCKS_MAX:
@@ -129,8 +131,9 @@ class HandoffEndpoint:
         self._staging_bytes = staging_bytes
         self._clock = clock
         self._epoch = epoch
+        self._make_mover = make_mover
         hello = frames.Hello(
-            HANDOFF_PROTOCOL, worker_name[:256], os.urandom(16), layout.fingerprint(), epoch, layout.shape
+            HANDOFF_PROTOCOL, worker_name[:256], nonce or os.urandom(16), layout.fingerprint(), epoch, layout.shape
         )
         self._peers = Peers(transports, hello, self)
         self._receiver = Receiver(layout, epoch=epoch)
@@ -165,7 +168,7 @@ class HandoffEndpoint:
     async def start(self) -> None:
         """Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
-        self._mover = mover_for(self._pool, self._staging_bytes)
+        self._mover = self._make_mover(self._pool, self._staging_bytes)
         self._probes = Probes(
             self._peers,
             self._mover,

@@ -78,7 +78,8 @@ def test_a_cache_that_everybody_wants_does_not_get_everybody(name: str, count: i
     for number in range(300):
         workers = [worker(f"w{i:02}", in_flight=load, hit_blocks=100 if i == 0 else 0) for i, load in enumerate(held)]
         mean = sum(held) / count
-        chosen = policy.pick(request(request_id=RequestId(str(number))), workers, float(number), rng).worker_id
+        asked = request(request_id=RequestId(str(number)), session_id=str(number % 60))
+        chosen = policy.pick(asked, workers, float(number), rng).worker_id
         place = int(chosen[1:])
         assert held[place] <= SKEW_FACTOR * mean + SKEW_REQUESTS
         held[place] += 1
