@@ -397,16 +397,18 @@ class MemorySettings:
 
     async def get(self, key: str) -> Setting | None:
         """The newest, or None."""
-        return await self._ask(lambda: self._broker.settings.get(subjects.token(key)))
+        token = subjects.token(key)
+        return await self._ask(lambda: self._broker.settings.get(token))
 
     async def put(self, key: str, value: bytes, *, after: int | None) -> int:
         """Store it in place of revision `after`."""
+        token = subjects.token(key)
 
         def store() -> int | None:
-            held = self._broker.settings.get(subjects.token(key))
+            held = self._broker.settings.get(token)
             if (held.revision if held else None) != after:
                 return None
-            stored = self._broker.settings[subjects.token(key)] = Setting(value, next(self._broker.setting_revisions))
+            stored = self._broker.settings[token] = Setting(value, next(self._broker.setting_revisions))
             return stored.revision
 
         revision = await self._ask(store)

@@ -11,7 +11,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import RequestId, WorkerId
+from .generation import Generation
 from .index import PrefixIndex
 from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, PrefillView, RequestView, WorkerView
 from .policies.basic import LeastLoaded
@@ -36,6 +38,20 @@ class Ask:
     tenant: str = ""
     session_id: str = ""
     priority: int = 0
+
+    @classmethod
+    def of(cls, generation: Generation) -> Ask:
+        """What has to be known of it."""
+        parent = chain_seed(generation.salt)
+        return cls(
+            request_id=generation.request_id,
+            model=generation.model,
+            prompt_tokens=generation.prompt_tokens,
+            max_tokens=generation.sampling.max_tokens,
+            hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
+            deadline_s=generation.deadline_s,
+            tenant=generation.salt,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 
 from ..bus import subjects
 from ..bus.base import Bus, Delivery
-from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import HandoffToken, RequestId, RouterId, WorkerId
 from ..bus.jobs_pull import PULL_EXPIRES_S
 from ..bus.messages import (
@@ -437,7 +436,7 @@ class Router:
         generation, now = live.machine.generation, self._clock()
         if live.chosen is not None:
             self.chooser.released(live.chosen)
-        chosen = live.chosen = self.chooser.choose(ask_of(generation), exclude, now)
+        chosen = live.chosen = self.chooser.choose(Ask.of(generation), exclude, now)
         live.chosen_s = now
         if live.record is not None:
             members = self.membership.view.members("decode")
@@ -472,17 +471,3 @@ class Router:
 
     def _install_policies(self, policies: PolicySet) -> None:
         self.chooser.policy = policies
-
-
-def ask_of(generation: Generation) -> Ask:
-    """What the chooser has to know of it."""
-    parent = chain_seed(generation.salt)
-    return Ask(
-        request_id=generation.request_id,
-        model=generation.model,
-        prompt_tokens=generation.prompt_tokens,
-        max_tokens=generation.sampling.max_tokens,
-        hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
-        deadline_s=generation.deadline_s,
-        tenant=generation.salt,
-    )

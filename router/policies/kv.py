@@ -17,7 +17,7 @@ from .spread import cheapest, unherded
 
 
 class KvPolicy:
-    """The worker with the fewest blocks to compute and to keep: `hit_weight x (prompt - hit blocks) + active blocks`."""
+    """The worker with the least `hit_weight x (prompt - hit blocks) + blocks it has yet to compute + active blocks`."""
 
     def __init__(self, temperature: float = 0.0, hit_weight: float = 16.0) -> None:
         """`temperature` 0 takes the least cost; above it, a worker is as likely as `exp(-cost / (temperature x spread))`."""
@@ -41,7 +41,7 @@ class KvPolicy:
         prompt_blocks = -(-request.prompt_tokens // worker.block_tokens)
         active_blocks = max(worker.kv_blocks - worker.kv_blocks_free, worker.in_flight_blocks)
         queued_blocks = worker.local_prefill_tokens / worker.block_tokens
-        return self._hit_weight * (prompt_blocks - worker.hit_blocks + queued_blocks) + active_blocks
+        return self._hit_weight * (prompt_blocks - worker.hit_blocks) + queued_blocks + active_blocks
 
     def _draw(self, costs: list[float], workers: list[WorkerView], rng: random.Random) -> WorkerView:
         least, spread = min(costs), max(costs) - min(costs) or 1.0
