@@ -15,7 +15,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from . import subjects
-from .base import BusDisconnected, BusError, Delivery, Handler, NoResponders, QueueUnavailable, RequestTimeout
+from .base import (
+    BusDisconnected,
+    BusError,
+    Delivery,
+    Handler,
+    NoResponders,
+    QueueUnavailable,
+    RequestTimeout,
+    Setting,
+    SettingChanged,
+)
 from .ids import WorkerId
 from .jetstream import API_TIMEOUT_S
 from .jobs import JobLimits
@@ -42,6 +52,8 @@ class MemoryBroker:
         self.is_running = True
         self.store: MemoryStore = MemoryStore(self, jobs or JobLimits())
         self.cards: dict[WorkerId, bytes] = {}
+        self.settings: dict[str, Setting] = {}
+        self.setting_revisions = itertools.count(1)
         self.handler_errors = 0
 
     @property
@@ -192,6 +204,7 @@ class MemoryBus:
         self._fatal_error = BusError("the bus is closed")
         self._jobs = MemoryJobQueue(self, broker.store)
         self._registry = MemoryRegistry(self, broker)
+        self._settings = MemorySettings(self, broker)
         self.is_dropped = False
 
     @property
@@ -203,6 +216,11 @@ class MemoryBus:
     def registry(self) -> MemoryRegistry:
         """The cards of the workers."""
         return self._registry
+
+    @property
+    def settings(self) -> MemorySettings:
+        """What operators decide."""
+        return self._settings
 
     @property
     def broker(self) -> MemoryBroker:
@@ -368,6 +386,40 @@ class MemoryRegistry:
         if not self._bus.is_connected:
             raise BusDisconnected("no connection to the broker")
         return await confirmed(self._bus, effect, "a card", timeout_s=API_TIMEOUT_S)
+
+
+class MemorySettings:
+    """One small document under each key."""
+
+    def __init__(self, bus: MemoryBus, broker: MemoryBroker) -> None:
+        self._bus = bus
+        self._broker = broker
+
+    async def get(self, key: str) -> Setting | None:
+        """The newest, or None."""
+        token = subjects.token(key)
+        return await self._ask(lambda: self._broker.settings.get(token))
+
+    async def put(self, key: str, value: bytes, *, after: int | None) -> int:
+        """Store it in place of revision `after`."""
+        token = subjects.token(key)
+
+        def store() -> int | None:
+            held = self._broker.settings.get(token)
+            if (held.revision if held else None) != after:
+                return None
+            stored = self._broker.settings[token] = Setting(value, next(self._broker.setting_revisions))
+            return stored.revision
+
+        revision = await self._ask(store)
+        if revision is None:
+            raise SettingChanged(f"the setting {key!r} was changed by somebody else")
+        return revision
+
+    async def _ask(self, effect: Callable[[], T]) -> T:
+        if not self._bus.is_connected:
+            raise BusDisconnected("no connection to the broker")
+        return await confirmed(self._bus, effect, "a setting", timeout_s=API_TIMEOUT_S)
 
 
 def matches(pattern: str, subject: str) -> bool:

@@ -100,7 +100,7 @@ class EngineModel:
         self.expecting: dict[Work, None] = {}  # remote work that holds blocks and waits for its KV
         self.prefilling: list[Work] = []  # running, in the order of their admission
         self.decoding: list[Work] = []
-        self.next_s: float | None = None  # end of the run; None: idle
+        self.next_s: float | None = None  # end of the run, or when an idle engine begins one; None: idle
         self.busy_s = 0.0
         self.steps = 0
         self.preemptions = 0
@@ -137,10 +137,11 @@ class EngineModel:
         self._wake(now)
 
     def finish_run(self) -> None:
-        """The run is over: its effects happen, and the next one begins."""
+        """The run is over, if there was one: its effects happen, and the next one begins."""
         now = self.next_s
         assert now is not None
-        self._settle(now)
+        if self._run is not None:
+            self._settle(now)
         self._begin(now)
 
     def sync(self, now: float) -> None:
@@ -168,7 +169,7 @@ class EngineModel:
     def _wake(self, now: float) -> None:
         run = self._run
         if run is None:
-            self._begin(now)
+            self.next_s = now  # Whatever else comes at this instant is in the first step, too.
         elif run.formula is not None and run.steps > 1:
             steps = run.formula.steps_until(now - run.start_s, run.steps)
             if steps < run.steps:

@@ -157,12 +157,8 @@ def cached_tokens(request: Request) -> int:
 
 def gpus_of(scenario: Scenario) -> int:
     """GPUs of the whole pool."""
-
-    def each(profile: object) -> int:
-        return getattr(profile, "gpus", 1)
-
-    prefill = (scenario.prefill_engine or scenario.engine).resolved().profile
-    return scenario.decode * each(scenario.engine.resolved().profile) + scenario.prefill * each(prefill)
+    per_prefill, per_decode = scenario.gpus()
+    return scenario.prefill * per_prefill + scenario.decode * per_decode
 
 
 def spread_of(values: Sequence[float]) -> Spread:

@@ -15,7 +15,7 @@ from ..workers.decode import QUEUE_SHARE
 from ..workers.presence import CHANGE_GAP_S
 from ..workers.throughput import Throughput
 from .engine_model import EngineModel, Listener
-from .scenario import MODEL, ResolvedEngine
+from .scenario import MODEL, ResolvedEngine, Scenario
 
 EPOCH = 1
 
@@ -27,6 +27,7 @@ class SimWorker:
     card: WorkerCard
     engine: EngineModel
     heartbeat_s: float
+    link_bytes_per_s: float
     held_max: int
     held: int = 0  # requests admitted and not ended
     version: int = 0  # of the engine's next event
@@ -73,11 +74,27 @@ class SimWorker:
         return min(self.beat_s, max(now, self.last_beat_s + CHANGE_GAP_S))
 
 
-def make_worker(
-    name: str, role: str, resolved: ResolvedEngine, listener: Listener, *, block_tokens: int, steps_max: int,
-    heartbeat_s: float, slots: int,
-) -> SimWorker:  # fmt: skip
-    """A worker of the pool; `slots` are those of its card."""
+def make_pool(scenario: Scenario, listener: Listener) -> list[SimWorker]:
+    """All workers, those that decode first. Raises timing.ProfileError."""
+    prefill_engine = scenario.prefill_engine or scenario.engine
+    prefill = prefill_engine.resolved() if scenario.prefill else None
+    decode = scenario.engine.resolved()
+    workers = [
+        _make_worker(scenario, "decode", n, decode, listener, slots=decode.slots) for n in range(scenario.decode)
+    ]
+    if prefill is not None:
+        slots = scenario.prefill_slots
+        workers += [
+            _make_worker(scenario, "prefill", n, prefill, listener, slots=slots) for n in range(scenario.prefill)
+        ]
+    return workers
+
+
+def _make_worker(
+    scenario: Scenario, role: str, number: int, resolved: ResolvedEngine, listener: Listener, *, slots: int
+) -> SimWorker:
+    """`slots` are those of its card: what it pulls or admits at once."""
+    block_tokens, name = scenario.engine.block_tokens, f"{role}-{number:04d}"
     engine = EngineModel(
         resolved.timing,
         listener,
@@ -85,7 +102,7 @@ def make_worker(
         block_tokens=block_tokens,
         slots=resolved.slots,
         max_batched_tokens=resolved.max_batched_tokens,
-        steps_max=steps_max,
+        steps_max=scenario.engine.steps_max,
     )
     card = WorkerCard(
         worker_id=WorkerId(name),
@@ -100,4 +117,25 @@ def make_worker(
         handoff_addresses=("lab://" + name,) if role == "decode" else (),
         engine="lab",
     )
-    return SimWorker(card, engine, heartbeat_s, held_max=slots + max(1, slots // QUEUE_SHARE))
+    link_bytes_per_s = scenario.link_gb_per_s * 1e9 * resolved.gpus
+    held_max = slots + max(1, slots // QUEUE_SHARE)
+    return SimWorker(card, engine, scenario.heartbeat_s, link_bytes_per_s, held_max)
+
+
+def copy_kv(
+    sender: SimWorker, receiver: SimWorker, kv_bytes: int, *, computed: tuple[float, float], layers: int
+) -> float:
+    """Give both links what a step computed between two times; when the last byte arrives.
+
+    Layer by layer the copy may begin when the first layer is done, and cannot end before the last layer's share has gone
+    after the step. A link sends or receives one thing after the other.
+    """
+    start_s, end_s = computed
+    out_s, in_s = kv_bytes / sender.link_bytes_per_s, kv_bytes / receiver.link_bytes_per_s
+    copy_s = max(out_s, in_s)
+    begin_s = max(start_s + (end_s - start_s) / layers, sender.link_free_s, receiver.link_free_s)
+    # The wider link of the two is free again for others before the copy is over.
+    sender.link_free_s, receiver.link_free_s = begin_s + out_s, begin_s + in_s
+    sender.link_bytes += kv_bytes
+    receiver.link_bytes += kv_bytes
+    return max(begin_s + copy_s, end_s + copy_s / layers)

@@ -14,18 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..bus.ids import WorkerId
-from ..bus.messages import Heartbeat
+from ..bus.messages import Heartbeat, KvEvents
 from ..router.chooser import Chosen
 from ..router.generation import Overloaded
 from ..router.policies.base import load_policy
 from ..router.request import AskDecode, Assign, Instruction, Pick, PublishPrefill, Release, ReportError, RequestMachine
 from .engine_model import Kind, Work
-from .pool import SimWorker, make_worker
+from .pool import SimWorker, copy_kv, make_pool
+from .prefill_queue import PrefillQueue
 from .router_model import RouterModel
-from .scenario import Outcome, ResolvedEngine, Scenario
+from .scenario import Outcome, Scenario
 from .traces import Trace, Turn
 
-LLAMA_70B_KV_BYTES = 327_680
 PROGRESS_REQUESTS = 200
 
 
@@ -37,6 +37,7 @@ class Request:
     turn: Turn
     chain: list[int]
     arrived_s: float
+    router: RouterModel
     machine: RequestMachine | None = None
     chosen: Chosen | None = None
     chosen_s: float = 0.0
@@ -89,17 +90,18 @@ class Replay:
         self._next_turn = 0
         self._messages: Counter[str] = Counter()
         self._rng = random.Random(scenario.seed)
-        self._router = RouterModel(
-            load_policy(scenario.policy),
-            local_prefill_tokens_max=scenario.local_prefill_tokens_max,
-            block_tokens=scenario.engine.block_tokens,
-            rng=self._rng,
-        )
-        self._jobs: deque[Request] = deque()  # published and not pulled
-        self._pulls: deque[SimWorker] = deque()  # open pulls, the longest open first
-        self._kv_bytes = scenario.kv_bytes_per_token
-        self._layers = 80
-        self._workers = self._make_workers()
+        self._routers = [
+            RouterModel(
+                load_policy(scenario.policy),
+                local_prefill_tokens_max=scenario.local_prefill_tokens_max,
+                block_tokens=scenario.engine.block_tokens,
+                rng=random.Random(f"{scenario.seed}/{number}"),
+            )
+            for number in range(scenario.routers)
+        ]
+        self._queue: PrefillQueue[Request] = PrefillQueue()
+        self._kv_bytes, self._layers = scenario.kv_shape()
+        self._workers = make_pool(scenario, self)
         self._by_id = {worker.worker_id: worker for worker in self._workers}
 
     def run(self) -> Replayed:
@@ -124,8 +126,8 @@ class Replay:
             self._now,
             self._messages,
             events,
-            self._router.index_blocks_max,
-            self._router.policy_failures,
+            max(router.index_blocks_max for router in self._routers),
+            sum(router.policy_failures for router in self._routers),
         )
 
     def _at(self, when_s: float, act: Callable[..., None], *arguments: object) -> None:
@@ -139,40 +141,11 @@ class Replay:
 
     # ---- the pool
 
-    def _make_workers(self) -> list[SimWorker]:
-        scenario = self._scenario
-        decode = scenario.engine.resolved()
-        prefill_engine = scenario.prefill_engine or scenario.engine
-        prefill = prefill_engine.resolved()
-        if decode.profile is not None:
-            self._kv_bytes = self._kv_bytes or decode.profile.kv_bytes_per_token
-            self._layers = decode.profile.layers
-        self._kv_bytes = self._kv_bytes or LLAMA_70B_KV_BYTES
-
-        def make(role: str, count: int, resolved: ResolvedEngine, steps_max: int, slots: int) -> list[SimWorker]:
-            size = scenario.engine.block_tokens
-            return [
-                make_worker(
-                    f"{role}-{number:04d}",
-                    role,
-                    resolved,
-                    self,
-                    block_tokens=size,
-                    steps_max=steps_max,
-                    heartbeat_s=scenario.heartbeat_s,
-                    slots=slots,
-                )
-                for number in range(count)
-            ]
-
-        decoders = make("decode", scenario.decode, decode, scenario.engine.steps_max, decode.slots)
-        prefillers = make("prefill", scenario.prefill, prefill, prefill_engine.steps_max, scenario.prefill_slots)
-        return decoders + prefillers
-
     def _join(self, worker: SimWorker) -> None:
-        self._router.join(worker)
+        for router in self._routers:
+            router.join(worker)
         if worker.is_prefill:
-            self._pulls.extend([worker] * worker.card.slots)
+            self._queue.pull(worker, worker.card.slots)
         # Workers did not start at the same instant.
         worker.beat_s = self._rng.random() * worker.heartbeat_s
         self._at(worker.beat_s, self._beat, worker, worker.beat_s)
@@ -196,11 +169,16 @@ class Replay:
 
     def _publish_kv(self, worker: SimWorker) -> None:
         message = worker.take_kv_events()
-        if message is not None and not worker.is_prefill:
-            self._hop("kv_events", self._router.on_kv_events, message)
+        if message is not None:
+            self._hop("kv_events", self._on_kv_events, message)
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self._router.on_heartbeat(heartbeat, self._now)
+        for router in self._routers:
+            router.on_heartbeat(heartbeat, self._now)
+
+    def _on_kv_events(self, message: KvEvents) -> None:
+        for router in self._routers:
+            router.on_kv_events(message)
 
     def _reschedule(self, worker: SimWorker) -> None:
         worker.version += 1
@@ -241,13 +219,14 @@ class Replay:
     def _arrive(self, index: int) -> None:
         turn = self._trace.turns[index]
         chain = turn.chain(self._scenario.engine.block_tokens)
-        request = Request(index, turn, chain, self._now)
+        router = self._routers[index % len(self._routers)]
+        request = Request(index, turn, chain, self._now, router)
         self._requests.append(request)
         self._ask(request)
 
     def _ask(self, request: Request) -> None:
         deadline_s = request.arrived_s + self._scenario.timeout_s
-        generation = self._router.generation(request.index, request.turn, deadline_s)
+        generation = request.router.generation(request.index, request.turn, deadline_s)
         request.machine = RequestMachine(generation)
         self._carry_out(request, request.machine.begin())
 
@@ -274,14 +253,14 @@ class Replay:
                 case Pick(exclude=exclude):
                     todo.extend(self._pick(request, exclude))
                 case Assign(worker=worker):
-                    self._router.assign(worker, request.index, request.turn)
+                    request.router.assign(worker, request.index, request.turn)
                 case Release(worker=worker):
-                    self._router.release(worker, request.index)
+                    request.router.release(worker, request.index, request.chosen)
                 case AskDecode() as ask:
                     self._hop("decode_job", self._offer, request, ask)
                 case PublishPrefill():
                     self._messages["prefill_job"] += 3  # Published, confirmed, pulled.
-                    self._at(self._now + self._scenario.queue_s, self._queue, request)
+                    self._at(self._now + self._scenario.queue_s, self._published, request)
                 case ReportError(error=error):
                     self._not_started(request, error.retry_after_s if isinstance(error, Overloaded) else None)
                 case _:
@@ -290,8 +269,8 @@ class Replay:
     def _pick(self, request: Request, exclude: frozenset[WorkerId]) -> list[Instruction]:
         assert request.machine is not None
         request.chosen_s = self._now
-        request.chosen, instructions = self._router.pick(
-            request.machine, request.turn, request.chain, exclude, self._now
+        request.chosen, instructions = request.router.pick(
+            request.machine, request.turn, request.chain, exclude, self._now, request.chosen
         )
         return instructions
 
@@ -341,15 +320,26 @@ class Replay:
 
     # ---- the prefill queue and worker
 
-    def _queue(self, request: Request) -> None:
+    def _published(self, request: Request) -> None:
         assert request.machine is not None
         self._carry_out(request, request.machine.published(request.machine.attempt, request.index))
-        self._jobs.append(request)
+        lane_wait_s = self._scenario.lane_wait_s
+        assert request.chosen is not None
+        lane = request.chosen.choice.lane
+        if lane is None or lane_wait_s is None:
+            self._queue.publish(request)
+        else:
+            self._queue.publish(request, lane)
+            self._at(self._now + lane_wait_s, self._leave_lane, request, lane)
+        self._deliver()
+
+    def _leave_lane(self, request: Request, lane: WorkerId) -> None:
+        self._queue.give_to_all(request, lane)
         self._deliver()
 
     def _deliver(self) -> None:
-        while self._jobs and self._pulls:
-            request, worker = self._jobs.popleft(), self._pulls.popleft()
+        while (found := self._queue.next()) is not None:
+            request, worker = found
             request.prefiller = worker
             turn = request.turn
             request.prefill_work = Work(request.index, "prefill", turn.prompt_tokens, 1, request.chain)
@@ -358,6 +348,8 @@ class Replay:
             self._hop("prefill_claimed", self._claimed, request, worker.worker_id)
 
     def _claimed(self, request: Request, worker: WorkerId) -> None:
+        if request.chosen is not None:
+            request.router.claimed(request.chosen, worker, self._now)
         if request.machine is not None:
             self._carry_out(request, request.machine.claimed(request.machine.attempt, worker, ""))
 
@@ -405,25 +397,17 @@ class Replay:
     # ---- the link
 
     def _send(self, request: Request, end_tokens: int, start_s: float, end_s: float) -> None:
-        """Give the link what was computed in a step from `start_s` to `end_s`.
-
-        Layer by layer the copy may begin when the first layer is done, and cannot end before the last layer's share has gone.
-        """
+        """Give the link what was computed in a step from `start_s` to `end_s`."""
         assert request.prefiller is not None
         assert request.worker is not None
         tokens = end_tokens - request.sent_tokens
         if tokens <= 0:
             return
         request.sent_tokens = end_tokens
-        sender, receiver = request.prefiller, request.worker
-        size = tokens * self._kv_bytes
-        copy_s = size / (self._scenario.link_gb_per_s * 1e9)
         layers = self._layers if self._scenario.is_layerwise else 1
-        begin_s = max(start_s + (end_s - start_s) / layers, sender.link_free_s, receiver.link_free_s)
-        done_s = max(begin_s + copy_s, end_s + copy_s / layers)
-        sender.link_free_s = receiver.link_free_s = request.sent_s = done_s
-        sender.link_bytes += size
-        receiver.link_bytes += size
+        request.sent_s = copy_kv(
+            request.prefiller, request.worker, tokens * self._kv_bytes, computed=(start_s, end_s), layers=layers
+        )
 
     def _land(self, request: Request) -> None:
         self._at(max(request.sent_s, self._now) + self._scenario.link_latency_s, self._landed, request)
@@ -440,7 +424,7 @@ class Replay:
         prefiller.throughput.end(self._now, request.turn.prompt_tokens - request.prefill_work.cached_tokens)
         prefiller.engine.release(request.prefill_work, self._now)
         self._reschedule(prefiller)
-        self._pulls.append(prefiller)
+        self._queue.pull(prefiller)
         self._changed(prefiller)
         self._messages["prefill_done"] += 2  # Told to the router, acked to the queue.
         self._at(self._now + self._scenario.bus_s, self._prefill_done, request)
@@ -454,6 +438,8 @@ class Replay:
 
     def _first_token(self, request: Request) -> None:
         request.first_s = self._now
+        if request.chosen is not None and request.work is not None:
+            request.router.first_token(request.chosen, request.work.cached_tokens)
         if request.machine is not None:
             self._carry_out(request, request.machine.first_token())
 
@@ -464,7 +450,7 @@ class Replay:
         assert work is not None
         assert request.first_s is not None
         gaps = request.turn.output_tokens - 1
-        self._router.observe(
+        request.router.observe(
             chosen,
             machine.prefilled_by,
             work.cached_tokens,

@@ -34,12 +34,8 @@ code { background: #f4f4f4; padding: .1em .3em }
 """
 
 
-class NoMatplotlib(RuntimeError):
-    """Plots were asked for and matplotlib is not installed."""
-
-
 def write_report(path: Path, title: str, command: str, summaries: Sequence[Summary]) -> None:
-    """Raises NoMatplotlib, OSError."""
+    """Raises OSError."""
     best = best_of(summaries)
     rows = "".join(_row(summary, is_best=summary is best) for summary in summaries)
     head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in COLUMNS)
@@ -108,11 +104,9 @@ def _plot(draw: Callable[[Axes, Sequence[Summary]], None], summaries: Sequence[S
 
 
 def _new_figure() -> Figure:
-    try:
-        import matplotlib  # Optional, and it takes half a second.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise NoMatplotlib("plots need matplotlib: pip install 'hocket[lab]'") from error
+    import matplotlib  # Optional, and it takes half a second.
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams["svg.hashsalt"] = "hocket"  # Else the ids in it differ from run to run.
     return Figure(figsize=(6.4, 4.0), layout="constrained")
 

@@ -7,11 +7,10 @@ import random
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
-from .traces import Span, Trace, TraceError, Turn, next_turn, own_id
+from .traces import ENDLESS, Span, Trace, TraceError, Turn, next_turn, own_id
 
 PREFIX = "synthetic:"
 Kind = Literal["poisson", "bursts", "multiturn", "shared"]
-ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,7 @@ class Coefficients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_pair_us: float
     decode_request_us: float
     decode_kv_token_us: float
+    decode_step_us: float = 0.0  # once in a step that makes tokens, however many
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,9 +114,52 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_bytes_per_token: int
     kv_tokens: int  # that fit besides the weights
     layers: int
+    hidden: int  # width of the model
+    weight_bytes: int
     max_batched_tokens: int = 8192
     slots: int = 256
     notes: tuple[str, ...] = ()
+
+
+HBM_BYTES_PER_US = 4.08e6
+"""85 % of an H200's 4.8 TB/s: what reading weights and KV reaches."""
+ALL_REDUCE_US = 10.0
+"""One small all-reduce between the GPUs of a host (vLLM's custom kernel takes 8-12 us)."""
+NVLINK_BYTES_PER_US = 394e3
+"""Measured between two H200 with NV18."""
+
+
+def tensor_parallel(profile: Profile, gpus: int) -> Profile:
+    """The same model over `gpus` GPUs of one host, from its profile on one. Arithmetic, not measured.
+
+    Compute, KV and the reading of weights divide by the GPUs; the rest of a step does not; each layer adds two
+    all-reduces of the activations (2 bytes a value, ring: every GPU sends 2 (n - 1) / n of them). Raises ProfileError.
+    """
+    if gpus == 1:
+        return profile
+    if profile.gpus != 1:
+        raise ProfileError(
+            f"profile {profile.name!r} is of {profile.gpus} GPUs already; --tp divides one of a single GPU"
+        )
+    c, n, reductions = profile.coefficients, gpus, 2 * profile.layers
+    reading_us = min(profile.weight_bytes / HBM_BYTES_PER_US, c.step_us)
+    token_us = reductions * 2 * profile.hidden * 2 * (n - 1) / n / NVLINK_BYTES_PER_US
+    room = profile.kv_tokens * profile.kv_bytes_per_token + profile.weight_bytes
+    return msgspec.structs.replace(
+        profile,
+        name=f"{profile.name} TP{n}",
+        gpus=n,
+        coefficients=Coefficients(
+            step_us=c.step_us - reading_us + reading_us / n + reductions * ALL_REDUCE_US,
+            prefill_token_us=c.prefill_token_us / n + token_us,
+            prefill_pair_us=c.prefill_pair_us / n,
+            decode_request_us=c.decode_request_us / n + token_us,
+            decode_kv_token_us=c.decode_kv_token_us / n,
+            decode_step_us=c.decode_step_us,
+        ),
+        kv_tokens=(n * room - profile.weight_bytes) // profile.kv_bytes_per_token,
+        notes=(*profile.notes, f"Divided over {n} GPUs by arithmetic: see hocket.lab.timing.tensor_parallel."),
+    )
 
 
 class ProfileTiming:
@@ -125,15 +169,17 @@ class ProfileTiming:
         scale, c = 1e-6 / speedup, profile.coefficients
         self._step, self._token, self._pair = c.step_us * scale, c.prefill_token_us * scale, c.prefill_pair_us * scale
         self._request, self._kv = c.decode_request_us * scale, c.decode_kv_token_us * scale
+        self._decode = c.decode_step_us * scale
 
     def step_s(self, load: StepLoad) -> float:
         """One step."""
         prefill = self._token * load.prefill_tokens + self._pair * load.prefill_pairs
-        return self._step + prefill + self._request * load.decode_requests + self._kv * load.decode_kv_tokens
+        decode = self._request * load.decode_requests + self._kv * load.decode_kv_tokens
+        return self._step + prefill + decode + (self._decode if load.decode_requests else 0.0)
 
     def decode_run(self, requests: int, kv_tokens: int) -> Quadratic:
         """Steps of `requests` that only decode."""
-        constant = self._step + self._request * requests + self._kv * kv_tokens
+        constant = self._step + self._decode + self._request * requests + self._kv * kv_tokens
         return Quadratic(constant, self._kv * requests, 0.0)
 
 

@@ -22,6 +22,9 @@ import numpy.typing as npt
 HASH_BLOCK_TOKENS = 512
 """Tokens that one of Mooncake's or aiperf's `hash_ids` stands for."""
 
+ENDLESS = 1 << 62
+"""`Span.block_tokens` of a text that one id stands for as a whole."""
+
 _MASK = (1 << 64) - 1
 
 
@@ -54,7 +57,7 @@ class Turn:
     def chain(self, block_tokens: int) -> list[int]:
         """Hashes of the whole blocks of prompt and answer; equal exactly when everything up to the block's end is equal."""
         ends = np.arange(1, (self.prompt_tokens + self.output_tokens) // block_tokens + 1) * block_tokens - 1
-        answer = Span(self.prompt_tokens, 1 << 62, (self.answer_id,))
+        answer = Span(self.prompt_tokens, ENDLESS, (self.answer_id,))
         hashes: list[int] = []
         spans = (*self.spans, answer)
         starts = [span.start_token for span in spans[1:]]
@@ -100,6 +103,21 @@ class Trace:
         scaled = [replace(t, arrival_s=t.arrival_s / speedup, think_s=t.think_s / speedup) for t in self.turns]
         return replace(self, turns=tuple(scaled))
 
+    def copies(self, count: int) -> Trace:
+        """So many side by side, each with prefixes of its own: more load, as much time between two uses of a prefix."""
+        turns: list[Turn] = []
+        for copy in range(count):
+            base = len(turns)
+            for turn in self.turns:
+                spans = tuple(replace(s, ids=tuple(own_id(copy, i) for i in s.ids)) for s in turn.spans)
+                after = None if turn.after is None else turn.after + base
+                session = f"{turn.session}/{copy}" if turn.session else ""
+                answer = own_id(copy, turn.answer_id)
+                turns.append(replace(turn, spans=spans, after=after, session=session, answer_id=answer))
+        if not any(turn.after is not None for turn in turns):
+            turns.sort(key=lambda turn: turn.arrival_s)
+        return replace(self, turns=tuple(turns))
+
     def resized(self, scale: float) -> Trace:
         """Prompts and answers `scale` times as long, with the same shared prefixes."""
         return replace(self, turns=tuple(_resize(turn, scale) for turn in self.turns))
@@ -140,7 +158,7 @@ def _resize(turn: Turn, scale: float) -> Turn:
         return max(1, whole * max(1, round(HASH_BLOCK_TOKENS * scale)) + round(rest * scale))
 
     spans = tuple(
-        Span(resized(s.start_token) if s.start_token else 0, max(1, round(s.block_tokens * scale)), s.ids)
+        Span(resized(s.start_token) if s.start_token else 0, min(ENDLESS, max(1, round(s.block_tokens * scale))), s.ids)
         for s in turn.spans
     )
     return replace(
@@ -257,7 +275,7 @@ def next_turn(
 ) -> Turn:
     """The conversation so far, its answer, and what is new."""
     previous = turns[before]
-    said = Span(previous.prompt_tokens, 1 << 62, (previous.answer_id,))
+    said = Span(previous.prompt_tokens, ENDLESS, (previous.answer_id,))
     start = previous.prompt_tokens + previous.output_tokens
     spans = (*previous.spans, said, replace(span, start_token=start))
     return Turn(previous.arrival_s, start + tokens, output, spans, answer, previous.session, before, think_s)
@@ -283,7 +301,7 @@ def _lengths(path: Path, number: int, prompt: str, output: str) -> tuple[int, in
 
 def unshared(arrival_s: float, lengths: tuple[int, int], number: int) -> Turn:
     """A request that has no prefix in common with any other."""
-    return Turn(arrival_s, *lengths, (Span(0, 1 << 62, (own_id(3, number),)),), own_id(1, number))
+    return Turn(arrival_s, *lengths, (Span(0, ENDLESS, (own_id(3, number),)),), own_id(1, number))
 
 
 def _read_azure(path: Path, text: str) -> list[Turn]:

@@ -43,8 +43,10 @@ HOMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # What decides takes time and randomness as arguments and awaits nothing, so that a test can replay a run exactly.
 DECISIONS = (
     *("router.request", "router.view", "router.index", "router.policies"),
+    *("router.chooser", "router.policy_set", "router.receipts", "router.control_messages"),
     *("transport.handoff", "transport.sender", "transport.receiver", "transport.frames", "transport.layout"),
     *("workers.admission", "workers.attempts", "workers.kv_ledger", "workers.throughput"),
+    *("lab.engine_model", "lab.timing", "lab.pool", "lab.prefill_queue", "lab.router_model", "lab.measure", "lab.fit"),
     *("cluster.supervision", "cluster.settings", "cluster.diagnosis", "bus.subjects", "bus.messages", "bus.block_hash"),
 )
 EFFECTS = ("asyncio", "time", "socket", "threading", "subprocess", "uuid", "secrets", "datetime")

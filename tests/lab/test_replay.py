@@ -8,6 +8,8 @@ from importlib.metadata import entry_points
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hocket.lab.measure import Summary, cached_tokens, summarize, ttft_s
 from hocket.lab.replay import Replay, Replayed
@@ -130,6 +132,36 @@ def test_n_clients_never_have_more_than_n_requests():
     assert peak == 7
 
 
+def test_short_prompts_stay_with_the_decode_worker():
+    trace = synthetic(POISSON)
+    base = Scenario(decode=2, prefill=2, engine=SMALL)
+    shares = [
+        summarize(replay(trace, msgspec.structs.replace(base, local_prefill_tokens_max=most)), trace, 0).remote
+        for most in (0, 600, 100_000)
+    ]
+    assert shares[0] == 1.0
+    assert 0.2 < shares[1] < 0.8
+    assert shares[2] == 0.0
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    prefill=st.integers(0, 2),
+    decode=st.integers(1, 3),
+    kv_blocks=st.integers(60, 200),
+    slots=st.integers(1, 6),
+)
+@settings(max_examples=25, deadline=None)
+def test_nothing_is_lost_in_a_pool_of_any_shape(seed: int, prefill: int, decode: int, kv_blocks: int, slots: int):
+    """Too few blocks, too few slots, refusals, preemptions: `replay` checks that every request ends and every block is back."""
+    trace = synthetic(f"synthetic:shared,requests=60,rate=30,prompt=300,output=40,spread=1,prefix=200,seed={seed}")
+    engine = msgspec.structs.replace(SMALL, kv_blocks=kv_blocks, slots=slots)
+    scenario = Scenario(
+        decode=decode, prefill=prefill, engine=engine, prefill_slots=slots, link_gb_per_s=5.0, timeout_s=30.0, seed=seed
+    )
+    replay(trace, scenario)
+
+
 def test_a_slower_link_costs_time_and_no_bytes():
     trace = synthetic(POISSON)
     fast, slow = (
@@ -166,6 +198,35 @@ def test_goodput_counts_who_kept_both_limits():
     assert summarize(half, trace, 0).goodput == pytest.approx(0.5, abs=0.01)
     none = replay(trace, msgspec.structs.replace(base, slo=Slo(itl_s=1e-6)))
     assert summarize(none, trace, 0).goodput == 0.0
+
+
+def test_several_routers_share_the_requests_and_each_sees_all_workers():
+    trace = synthetic(SHARED)
+    one, three = (
+        summarize(replay(trace, Scenario(decode=3, engine=SMALL, routers=routers)), trace, 0) for routers in (1, 3)
+    )
+    assert three.label == "kv, 3 workers, 3 routers"
+    assert three.failed == 0
+    assert three.hit_rate == pytest.approx(one.hit_rate, abs=0.1)
+    assert three.index_blocks_max <= 3 * SMALL.kv_blocks
+
+
+class Lanes:
+    """Least loaded, and the prefill worker that has most of the prompt."""
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        worker = min(workers, key=lambda worker: worker.load)
+        lane = max(request.prefill, key=lambda prefill: (prefill.hit_blocks, -prefill.running))
+        return Choice(worker.worker_id, plan="remote", lane=lane.worker_id)
+
+
+def test_lanes_bring_prompts_to_where_their_prefix_is():
+    trace = synthetic(SHARED.replace("prefixes=4", "prefixes=30"))
+    base = Scenario(decode=2, prefill=3, policy=f"{__file__}:Lanes", engine=SMALL)
+    shared = summarize(replay(trace, base), trace, 0)
+    lanes = summarize(replay(trace, msgspec.structs.replace(base, lane_wait_s=0.5)), trace, 0)
+    assert lanes.hit_rate > shared.hit_rate + 0.05
+    assert lanes.failed == shared.failed == 0
 
 
 class Wrong:

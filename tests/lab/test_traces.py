@@ -114,6 +114,23 @@ def test_rate_and_length_can_be_scaled_and_prefixes_stay_shared(tmp_path: Path):
     assert len(trace.first(2).turns) == 2
 
 
+def test_a_conversation_can_be_made_longer(tmp_path: Path):
+    long = read(tmp_path, SESSIONS).resized(3.0)
+    first, _, second = long.turns
+    assert second.prompt_tokens == first.prompt_tokens + first.output_tokens + 3 * 600
+    assert common(first.chain(64), second.chain(64)) == (first.prompt_tokens + first.output_tokens) // 64
+
+
+def test_copies_share_nothing_with_each_other(tmp_path: Path):
+    trace = read(tmp_path, MOONCAKE)
+    both = trace.copies(2)
+    assert len(both.turns) == 6
+    assert both.ideal_hit_tokens(64) == 2 * trace.ideal_hit_tokens(64)
+    talks = read(tmp_path, SESSIONS).copies(2).turns
+    assert [turn.after for turn in talks] == [None, None, 0, None, None, 3]
+    assert [turn.session for turn in talks[::3]] == ["a/0", "a/1"]
+
+
 def test_a_closed_loop_finds_the_turn_that_went_before(tmp_path: Path):
     lines = [
         (0, 1024, [1, 2]),

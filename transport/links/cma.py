@@ -1,6 +1,7 @@
 """Links between two processes of one host: the receiver reads the KV straight out of the sender's memory.
 
-One copy, by the kernel (cross memory attach), where a socket needs two and a shared-memory queue two more. Control frames
+One copy, by the kernel (cross memory attach) or, of memory that can be mapped (`mapped.py`), by ourselves, where a socket
+needs two and a shared-memory queue two more. Control frames
 and offers go over a Unix socket of the abstract namespace, which no other host and no other network namespace reaches;
 the address carries the host's boot id, so that a peer elsewhere is told so at once.
 
@@ -26,6 +27,7 @@ from ..base import Buffer
 from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportUnavailable
 from .cursor import host_buffers
+from .mapped import PeerMemory
 from .pull_link import OFFER_BYTES_MAX, PullLink
 from .pulls import PullThreads
 from .tcp import TcpLink
@@ -47,7 +49,7 @@ class CmaMover:
     moves_device_memory = False
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self._memory = PeerMemory(pid)
 
     def offer(self, buffers: Sequence[Buffer]) -> bytes:
         words = ranges_of(host_buffers(buffers)).tobytes()
@@ -56,7 +58,7 @@ class CmaMover:
         return words
 
     def pull(self, words: bytes, nbytes: int, buffers: Sequence[Buffer]) -> Reader:
-        return Reader(self._pid, words, nbytes, host_buffers(buffers))
+        return Reader(self._memory, words, nbytes, host_buffers(buffers))
 
 
 class CmaListener:
