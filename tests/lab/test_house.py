@@ -128,18 +128,20 @@ def test_a_server_that_is_away_for_long_costs_no_stream():
 
 def test_tokens_are_asked_for_again_from_a_worker_that_is_back_later_than_its_router():
     async def story(house: House) -> None:
-        one = request(sampling=SamplingParams(max_tokens=400))
+        one = request(sampling=SamplingParams(max_tokens=1000))
         house.send(one)
         await asyncio.sleep(1.0)
         router, worker = house.routers[0], house.workers[0]
-        house.broker.partition(worker.bus)  # Nobody answers for it when the router asks.
+        house.broker.faults.pending_max = 20
+        router.process.pause()  # It is cut off, and its streams are given up by the worker.
+        await asyncio.sleep(4.0)
+        house.broker.partition(worker.bus)  # When the router is back, nobody listens.
         house.broker.forget(worker.bus)
-        house.broker.forget(router.bus)
-        router.process.call_soon(router.bus.on_cut)
+        router.process.resume()
         await asyncio.sleep(1.0)
         house.broker.heal(worker.bus)
         worker.process.call_soon(worker.bus.on_cut)
-        assert await ended(one, 12.0) == ["answered"]
+        assert await ended(one, 5.0) == ["tokens_lost"]
         await asyncio.sleep(1.0)
 
     house_run(Shape(prefill=0), story)
