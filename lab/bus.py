@@ -96,7 +96,7 @@ class LabBroker(MemoryBroker):
             if bus.pending == self.faults.pending_max:
                 self.log.add("nats", f"cut {bus.process.name} off: it does not read")
                 self.forget(bus)
-                bus.process.call_soon(bus.on_cut)  # It reads what came before, then the end.
+                bus.process.call_at(bus.in_at + 1e-6, bus.on_cut)  # It reads what came before, then the end.
             if bus.pending >= self.faults.pending_max:
                 return
         elif self.faults.loss and self.rng.random() < self.faults.loss:

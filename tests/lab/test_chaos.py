@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -79,7 +80,12 @@ def trust_a_stale_heartbeat(patch: pytest.MonkeyPatch) -> None:
 
 def lose_a_terminal_event(patch: pytest.MonkeyPatch) -> None:
     """An end is said once."""
-    patch.setattr(OutboxState, "_again", lambda self, router_id, router, now: None)
+    begin = OutboxState.__init__
+
+    def begin_forgetful(self, worker_id, epoch, times) -> None:
+        begin(self, worker_id, epoch, replace(times, finish_again_s=3600.0))
+
+    patch.setattr(OutboxState, "__init__", begin_forgetful)
 
 
 PLANTS = (
