@@ -20,7 +20,7 @@ from .members import Member, Shape
 
 FAULTS_S = (2.0, 14.0)  # when they begin and, at the latest, end
 CALM_S = 8.0  # after the last fault: dead workers are noticed, new ones known
-LIVENESS_S = 15.0
+LIVENESS_S = 10.0  # after the last fault, for every request that was open
 SETTLE_S = 70.0  # for jobs whose end nobody could tell: their time to live
 POLICIES = (
     *("kv", "cost", "round_robin", "random", "least_loaded", "power_of_two"),
@@ -360,10 +360,11 @@ async def _prove_alive(house: House, plan: Plan) -> None:
             ends = proof.ends
         if ends != ["answered"]:
             house.violate(f"request {number} came after the faults and was not answered: {ends}")
-    await _ended(house, plan.requests, end_s)
+    in_time_s = FAULTS_S[1] + LIVENESS_S
+    await _ended(house, plan.requests, max(in_time_s, house.loop.time()))
     for request in plan.requests:
-        if not request.ends:
-            house.violate(f"request {request.number} has not ended")
+        if not request.ends or request.ended_s > in_time_s:
+            house.violate(f"request {request.number} has not ended by {in_time_s} s")
         elif not HOW_REQUESTS_END.issuperset(request.ends):
             house.violate(f"request {request.number} ended in a way that nobody should see: {request.ends}")
 
