@@ -58,7 +58,7 @@ from .handoff import (
 from .handoff import LinkLost as LinkLostEvent
 from .layout import HANDOFF_PROTOCOL, KvLayout
 from .mover import tag_of
-from .movers import CUT_BYTES, mover_for, sizes_for
+from .movers import CUT_BYTES, lend_slots, mover_for, sizes_for
 from .peers import Peers
 from .pool import HostKvPool
 from .probe import PROBE_FRAMES, ProbeReport, Probes
@@ -166,6 +166,7 @@ class HandoffEndpoint:
         """Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
         self._mover = mover_for(self._pool, self._staging_bytes)
+        lend_slots(self._peers.offered, self._pool, self._mover)
         self._probes = Probes(
             self._peers,
             self._mover,
@@ -379,9 +380,14 @@ class HandoffEndpoint:
         layout = self._pool.layout
         # Who has another fingerprint is told so when it claims.
         shape = hello.shape if hello.fingerprint == layout.fingerprint() else layout.shape
-        sizes = sizes_for(self._pool, shape)
-        self._tell_receiver(LinkGreeted(link_id, Wire(layout, shape, i_send=False, sizes=sizes)))
-        self._wires[link_id] = Wire(layout, shape, i_send=True, sizes=sizes)
+        link = self._peers.link(link_id)
+        assert link, "greeted on a link that is gone"
+        receives, sends = (
+            Wire(layout, shape, i_send=i_send, sizes=sizes_for(self._pool, shape, link, i_send=i_send))
+            for i_send in (False, True)
+        )
+        self._tell_receiver(LinkGreeted(link_id, receives))
+        self._wires[link_id] = sends
 
     def on_frame(self, link_id: LinkId, frame: frames.Frame) -> None:
         """For `Peers`."""

@@ -8,7 +8,6 @@ that whoever waits holds nothing and no two sides can wait for each other.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,9 @@ from .base import Buffer, DeviceBuffer, Done, Extent, HandoffKey, HostBuffer, Li
 from .errors import LinkLost
 from .handoff import MessageId
 from .mover import Extents, OnDigest, tag_of
+from .poller import Poller
 from .pool import HostKvPool, digest_of
-from .stager import HostSlot, Slot, Stager, Ticket
-
-SPIN_S = 200e-6  # after the last thing that moved; a kernel takes 15-25 us
-NAP_S = 50e-6
+from .stager import HostSlot, LendingLink, Slot, Stager, Ticket
 
 
 @dataclass(slots=True)
@@ -60,6 +57,7 @@ class StagedMover:
         self._stager = stager
         stager.bind_thread()
         self._loop = asyncio.get_running_loop()
+        self.poller = Poller()
         self._lock = Lock()
         self._plans: dict[HandoffKey, list[_Ahead]] = {}
         self._gathered: dict[MessageId, tuple[Slot, Ticket]] = {}
@@ -67,10 +65,9 @@ class StagedMover:
         self._sending: list[_Send] = []  # have one, and their gather is under way
         self._hungry: dict[Link, None] = {}  # receives wait for a slot
         self._held: dict[Link, int] = {}  # bytes of slots
+        self._lending: dict[Link, LendingLink | None] = {}  # isinstance of a protocol takes 10 us
+        self._digests: dict[MessageId, int] = {}  # of what was scattered out of a peer's slot, until they are asked for
         self._arrived: dict[MessageId, tuple[Link, Slot]] = {}
-        self._tickets: deque[tuple[Ticket, Callable[[int], None]]] = deque()
-        self._is_polling = False
-        self._moved_at = 0.0
 
     # On the thread of the compute stream.
 
@@ -92,7 +89,7 @@ class StagedMover:
         with self._lock:
             for message, extents, nbytes in messages:
                 last_layer = max(extent.layer for extent in extents)
-                ahead = _Ahead(message, extents, nbytes, last_layer, link.moves_device_memory)
+                ahead = _Ahead(message, extents, nbytes, last_layer, self._is_on_device(link))
                 self._plans.setdefault(message.key, []).append(ahead)
 
     def forget(self, key: HandoffKey) -> None:
@@ -102,7 +99,7 @@ class StagedMover:
             left = [message for message in self._gathered if message.key == key]
             gathered = [self._gathered.pop(message) for message in left]
         for slot, ticket in gathered:
-            self._when(ticket, partial(self._release_unsent, slot))
+            self.poller.when(ticket, partial(self._release_unsent, slot))
 
     def _release_unsent(self, slot: Slot, _digest: int) -> None:
         self._stager.release(slot)
@@ -125,8 +122,20 @@ class StagedMover:
         self._follow(send, ticket)
 
     def _follow(self, send: _Send, ticket: Ticket) -> None:
+        if lending := self._lending_of(send.link):
+            self._lend(lending, send, ticket)
+            return
         self._sending.append(send)
-        self._when(ticket, partial(self._on_gathered, send))
+        self.poller.when(ticket, partial(self._on_gathered, send))
+
+    def _lend(self, link: LendingLink, send: _Send, ticket: Ticket) -> None:
+        """The peer sees itself when the slot is filled."""
+        assert send.slot
+        try:
+            link.lend(tag_of(send.message), send.slot, ticket, partial(self._on_sent, send))
+        except LinkLost as error:
+            self._on_sent(send, error)
+        self.poller.when(ticket, send.on_digest)
 
     def _on_gathered(self, send: _Send, digest: int) -> None:
         self._sending.remove(send)
@@ -147,6 +156,9 @@ class StagedMover:
         send.done(error)
 
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
+        if lending := self._lending_of(link):
+            self._borrow(lending, message, extents, nbytes, done)
+            return
         slots: list[Slot] = []
 
         def take() -> list[Buffer] | None:
@@ -169,18 +181,33 @@ class StagedMover:
         except LinkLost as error:
             done(error)
 
+    def _borrow(self, link: LendingLink, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
+        def received(error: BaseException | None, digest: int) -> None:
+            if error is None:
+                self._digests[message] = digest
+            done(error)
+
+        try:
+            link.borrow(tag_of(message), nbytes, partial(self._stager.scatter, extents), received)
+        except LinkLost as error:
+            done(error)
+
     def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
+        if message in self._digests:
+            on_digest(self._digests.pop(message))
+            return
         link, slot = self._arrived.pop(message)
 
         def scattered(digest: int) -> None:
             self._give_back(link, slot, slot.buffer.nbytes)
             on_digest(digest)
 
-        self._when(self._stager.scatter(extents, slot), scattered)
+        self.poller.when(self._stager.scatter(extents, slot), scattered)
 
     def drop(self, link: Link) -> None:
         waiting = self._sends.pop(link, ())
         self._hungry.pop(link, None)
+        self._lending.pop(link, None)
         error = LinkLost(f"{link.peer} is gone")
         for send in waiting:
             send.done(error)
@@ -193,9 +220,17 @@ class StagedMover:
     def close(self) -> None:
         for key in list(self._plans):
             self.forget(key)
-        while self._tickets:
-            self._poll_once()
+        self.poller.drain()
         self._stager.close()
+
+    def _lending_of(self, link: Link) -> LendingLink | None:
+        if link not in self._lending:
+            self._lending[link] = link if isinstance(link, LendingLink) else None
+        return self._lending[link]
+
+    def _is_on_device(self, link: Link) -> bool:
+        """What memory the link wants; only a device's slots are lent."""
+        return link.moves_device_memory or self._lending_of(link) is not None
 
     # Slots.
 
@@ -213,7 +248,7 @@ class StagedMover:
         held = self._held.get(link, 0)
         if held and held + nbytes > share:
             return None
-        slot = self._stager.reserve(nbytes, on_device=link.moves_device_memory)
+        slot = self._stager.reserve(nbytes, on_device=self._is_on_device(link))
         if slot is not None:
             self._hold(link, nbytes)
         return slot
@@ -250,41 +285,6 @@ class StagedMover:
                 del self._sends[link]
             send.slot = slot
             self._follow(send, self._stager.gather(send.extents, slot))
-
-    # Tickets.
-
-    def _when(self, ticket: Ticket, then: Callable[[int], None]) -> None:
-        digest = ticket.poll()
-        if digest is not None:
-            then(digest)
-            return
-        self._tickets.append((ticket, then))
-        self._moved_at = time.perf_counter()
-        if not self._is_polling:
-            self._is_polling = True
-            self._loop.call_soon(self._poll)
-
-    def _poll(self) -> None:
-        """A device has no event that a loop could wait for: look again until nothing is under way."""
-        if self._poll_once():
-            self._moved_at = time.perf_counter()
-        elif time.perf_counter() - self._moved_at > SPIN_S:
-            time.sleep(NAP_S)
-        self._is_polling = bool(self._tickets)
-        if self._is_polling:
-            self._loop.call_soon(self._poll)
-
-    def _poll_once(self) -> bool:
-        has_moved = False
-        for _ in range(len(self._tickets)):
-            ticket, then = self._tickets.popleft()
-            digest = ticket.poll()
-            if digest is None:
-                self._tickets.append((ticket, then))
-            else:
-                has_moved = True
-                then(digest)
-        return has_moved
 
 
 class HostStager:

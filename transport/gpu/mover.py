@@ -12,7 +12,7 @@ from .cuts import cut_view, gather_cut, gather_whole, scatter_cut, scatter_whole
 from .kernel import Kernels, Launch, Listed, Report, Staged, Whole, digest_programs
 from .lists import BlockLists, ListRing, ListRings
 from .passes import Layer, Pass, plan
-from .slots import StagingSlot
+from .slots import ForeignSlot, StagingSlot
 from .tickets import GpuTicket, Tickets
 
 try:
@@ -21,7 +21,9 @@ except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
 _LIST_WORDS_MIN = 1 << 16  # 512 KiB pinned, and for each stream on the device: 64 messages of 16 KiB blocks
+_LENT_BYTES_MAX, _LENT_BLOCK_BYTES = 64 << 20, 1 << 10
 _LAYER_BYTES = 16  # address and stride
+AnySlot = StagingSlot | ForeignSlot
 
 
 class _Queue(NamedTuple):
@@ -42,7 +44,9 @@ class Mover:
     def __init__(self, layers: Sequence[Layer], blocks: int, message_bytes_max: int) -> None:
         device: torch.device = layers[0].rows.device
         sizes = [layer.block_bytes for layer in layers]
-        list_words = max(_LIST_WORDS_MIN, 2 * message_bytes_max // min(sizes))
+        # A peer's message may be longer than ours (`movers.LENT_BYTES_MAX`).
+        lent_words = 2 * _LENT_BYTES_MAX // max(_LENT_BLOCK_BYTES, min(sizes))
+        list_words = max(_LIST_WORDS_MIN, lent_words, 2 * message_bytes_max // min(sizes))
         self._layers = layers
         self._kernels = Kernels(sizes)
         self.tickets = Tickets(device, list_words)
@@ -54,7 +58,7 @@ class Mover:
         self._lists = BlockLists(blocks)
 
     def move(
-        self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
+        self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool
     ) -> GpuTicket:
         """Queue a message on the stream. Raises ValueError or IndexError for what does not fit, before anything moves."""
         lists = [self._lists.of(extent.block_ids) for extent in extents]
@@ -114,21 +118,25 @@ class Mover:
         return address
 
     def _move_by_torch(
-        self, extents: Sequence[Extent], slot: StagingSlot, stream: object | None, *, is_gather: bool
+        self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool
     ) -> GpuTicket:
         """A message with cuts that the kernel does not take: torch moves all of it, then a kernel reads the slot."""
         sizes = [self._layers[extent.layer].extent_bytes(extent) for extent in extents]
         _check_slot(slot, sum(sizes))
         with torch.cuda.stream(stream):  # None changes nothing.
-            offset = 0
+            offset, view = 0, slot.view
             for extent, nbytes in zip(extents, sizes, strict=True):
-                self._move_extent(extent, slot.view[offset : offset + nbytes], offset, is_gather=is_gather)
+                self._move_extent(extent, view[offset : offset + nbytes], offset, is_gather=is_gather)
                 offset += nbytes
+        slot.ticket = self.digest(slot.address, offset, _handle(stream))
+        return slot.ticket
+
+    def digest(self, address: int, nbytes: int, stream: int) -> GpuTicket:
+        """Queue a digest of this memory, on the stream with that handle."""
         ticket = self.tickets.take(0)
         try:
-            slot.ticket = ticket
-            report = self.tickets.report(ticket, digest_programs(offset))
-            self._kernels.digest(_handle(stream), slot.address, offset, report)
+            report = self.tickets.report(ticket, digest_programs(nbytes))
+            self._kernels.digest(stream, address, nbytes, report)
         except BaseException:
             self.tickets.lose(ticket)
             raise
@@ -152,6 +160,6 @@ def _handle(stream: object | None) -> int:
     return handle
 
 
-def _check_slot(slot: StagingSlot, nbytes: int) -> None:
+def _check_slot(slot: AnySlot, nbytes: int) -> None:
     if slot.buffer.nbytes != nbytes:
         raise ValueError(f"extents of {nbytes} B for a slot of {slot.buffer.nbytes}")

@@ -15,7 +15,8 @@ from .digest import host_digest
 from .kernel import INTERPRETED
 from .mover import Mover
 from .passes import Layer
-from .slots import Staging, StagingSlot
+from .ring import NONCE_BYTES, GpuRing
+from .slots import ForeignSlot, Staging, StagingSlot
 from .tickets import GpuTicket
 
 try:
@@ -25,7 +26,7 @@ except ImportError as error:
 
 __all__ = ["MESSAGE_BYTES_MAX", "CudaKvPool", "StagingSlot", "host_digest"]
 
-MESSAGE_BYTES_MAX = 16 << 20  # the shortest time on NVLink: a message costs the busier side about 20 us
+MESSAGE_BYTES_MAX = 32 << 20
 _CLOSE_S = 10.0
 
 
@@ -71,6 +72,7 @@ class CudaKvPool:
         self._gathers, self._scatters = (self._new_stream() for _ in range(2))
         self._fence = torch.cuda.Event() if self._is_cuda else None
         self._fences = self._fences_seen = 0
+        self._ring: GpuRing | None = None
         if self._is_cuda:
             # What was allocated may still be used by the stream that gave it back, and what was zeroed may not be yet.
             torch.cuda.synchronize(self._device)
@@ -85,7 +87,7 @@ class CudaKvPool:
 
     @property
     def message_bytes_max(self) -> int:
-        """16 MiB, or all of the staging memory when that is less."""
+        """32 MiB, or all of the staging memory when that is less."""
         return self._message_bytes_max
 
     @property
@@ -129,17 +131,35 @@ class CudaKvPool:
                 self._fences_seen = fences
         return self._mover.move(extents, _own(slot), stream, is_gather=True)
 
+    def ring(self) -> GpuRing:
+        """The device slots, as other processes of this host can map them. Raises TransportUnavailable."""
+        if self._ring is None:
+            self._enter()
+            assert self._device_staging
+            nonce = self.reserve(NONCE_BYTES, on_device=True)
+            assert nonce, "the first slot finds room"
+            handle = self._scatters.cuda_stream if self._scatters else 0
+            self._ring = GpuRing(self._device_staging, nonce, self._mover, handle, self._enter)
+        return self._ring
+
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:
         """Copy the slot's bytes into these blocks, on a stream of its own.
 
         With `verifies_blocks` the digest is that of the blocks, read back.
         """
         self._enter()
-        own = _own(slot)
-        ticket = self._mover.move(extents, own, self._scatters, is_gather=False)
+        source = slot if isinstance(slot, ForeignSlot) else _own(slot)
+        ticket = self._mover.move(extents, source, self._scatters, is_gather=False)
         if self._verifies_blocks:
-            ticket = self._mover.move(extents, own, self._scatters, is_gather=True)
+            target = source if isinstance(source, StagingSlot) else self._spare(source.buffer.nbytes)
+            ticket = self._mover.move(extents, target, self._scatters, is_gather=True)
         return ticket
+
+    def _spare(self, nbytes: int) -> ForeignSlot:
+        """Memory to verify blocks through; the scatter stream's own, so it is given back to that alone."""
+        with torch.cuda.stream(self._scatters):  # None changes nothing.
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return ForeignSlot(memory.data_ptr(), nbytes, memory, self._device)
 
     def bind_thread(self) -> None:
         """The calling thread's current device becomes this pool's: UCX opens its CUDA transports there."""
@@ -164,6 +184,7 @@ class CudaKvPool:
                     f"{self._mover.tickets.reap()} messages did not finish on the GPU in {_CLOSE_S:.0f} s"
                 )
             time.sleep(50e-6)
+        self._mover.tickets.close()
         with self._lock:
             self._parked.clear()
             self._device_staging = self._host_staging = None

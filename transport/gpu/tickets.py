@@ -1,4 +1,8 @@
-"""Messages under way on the GPU: a cell and a flag for each, and pinned memory for its lists of blocks."""
+"""Messages under way on the GPU: a cell and a flag for each, and pinned memory for its lists of blocks.
+
+The flags lie in memory that other processes can map (`ring.py`): who reads a slot of ours sees itself when it is filled. Of one
+flag's messages each has a larger sequence than the one before it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import TransportError, TransportUnavailable
+from ..pages import SharedPages
+from . import driver
 from .arena import Arena
 from .kernel import Report
 
@@ -37,6 +43,11 @@ class GpuTicket:
         self._digest: int | None = None
         self.cell = cell
         self.table = table  # first byte of its part of the table
+
+    @property
+    def flag(self) -> int:
+        """The word that the last program raises."""
+        return self._flag
 
     @property
     def first_word(self) -> int:
@@ -71,11 +82,14 @@ class Tickets:
     def __init__(self, device: torch.device, table_words: int) -> None:
         is_cuda = device.type == "cuda"
         self._cells = torch.zeros(CELLS * _CELL_BYTES // 8, dtype=torch.int64, device=device)
-        self._flags = torch.zeros(CELLS * _FLAG_WORDS, dtype=torch.int64, pin_memory=is_cuda)
+        self.pages = SharedPages(CELLS * _FLAG_WORDS * 8)  # the flags
         self._table = torch.zeros(table_words, dtype=torch.int64, pin_memory=is_cuda)
-        self.flag_words = memoryview(self._flags.numpy()).cast("B").cast("Q")
+        self.flag_words = memoryview(self.pages.array).cast("Q")
         self._cells_at: int = self._cells.data_ptr()
-        self._flags_at: int = self._flags.data_ptr()
+        self._is_registered = is_cuda
+        self._flags_at = (
+            driver.register(self.pages.address, self.pages.array.nbytes) if is_cuda else self.pages.address
+        )
         self._table_at: int = self._table.data_ptr()
         self.table: npt.NDArray[np.int64] = self._table.numpy()
         self._arena = Arena(table_words * 8, align_bytes=64)
@@ -144,3 +158,9 @@ class Tickets:
         for ticket in list(self._running.values()):
             ticket.poll()
         return len(self._running)
+
+    def close(self) -> None:
+        """No kernel raises a flag any more."""
+        if self._is_registered:
+            self._is_registered = False
+            driver.unregister(self.pages.address)
