@@ -137,8 +137,7 @@ class HandoffSource:
         started = time.perf_counter()
         if not self._is_claimed:
             self._claim()
-        for layer in range(self._case.layers):
-            self.endpoint.layer_ready(self.key, layer)
+        self.endpoint.layers_ready(self.key, range(self._case.layers))
         await self.landed()
         return started
 

@@ -33,7 +33,7 @@ from handoff_pair import MethodFailed, Pair
 from handoff_roles import Setup, run_role
 from measure import Progress, Row, machine, print_table, versions, write_json
 
-SCHEMES = ("ucx", "cma", "tcp")
+SCHEMES = ("cuda_ipc", "ucx", "cma", "tcp")
 ALONE = ("memcpy", "one process")
 WITHOUT_CLAIM = ("sockets", *ALONE)
 CONTIGUOUS_MIB = (1, 4, 16, 64, 256, 1024)
@@ -233,7 +233,7 @@ def compared(rows: list[Row]) -> list[Row]:
 def host_methods(nixl_site: str | None) -> list[str]:
     """What runs here, NIXL first."""
     installed = {point.name for point in entry_points(group="hocket.transports")}
-    schemes = [scheme for scheme in SCHEMES if scheme in installed]
+    schemes = [scheme for scheme in SCHEMES if scheme in installed and scheme != "cuda_ipc"]
     if find_spec("ucxx") is None and "ucx" in schemes:
         schemes.remove("ucx")
         print("ucxx is not installed: left ucx out", file=sys.stderr)
@@ -251,7 +251,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         if quick:
             cases = [contiguous(16), scattered(16)]
     else:
-        cases, methods = gpu_cases(device, quick=quick), ["nixl", "ucx", "one process"]
+        cases, methods = gpu_cases(device, quick=quick), ["nixl", "cuda_ipc", "ucx", "one process"]
     if arguments.methods:
         methods = [method for method in methods if method in arguments.methods.split(",")]
     if arguments.cases:

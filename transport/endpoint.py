@@ -40,7 +40,7 @@ from .handoff import (
     Expect,
     FrameReceived,
     Instruction,
-    LayerReady,
+    LayersReady,
     LinkActive,
     LinkGreeted,
     LinkId,
@@ -224,8 +224,12 @@ class HandoffEndpoint:
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
+        self.layers_ready(key, (layer,))
+
+    def layers_ready(self, key: HandoffKey, layers: Iterable[int]) -> None:
+        """Several of one chunk at once: of a prefix that was cached, or of an engine that tells of no single ones."""
         _note("computed a layer", key.token)
-        self._tell_sender(LayerReady(key, layer))
+        self._tell_sender(LayersReady(key, frozenset(layers)))
 
     def abort(self, key: HandoffKey, reason: str) -> None:
         """There will be no more chunks; SendReleased and SendEnd follow. Unknown keys are ignored."""

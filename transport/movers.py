@@ -117,7 +117,7 @@ class RingTransport(Protocol):
 def _lent_sizes(pool: KvPool) -> MessageSizes:
     """Eight to a ring: four are under way while others wait for room, which is what keeps a fast GPU busy."""
     assert isinstance(pool, DevicePool)
-    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8), LENT_BYTES_MAX)
+    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 4), LENT_BYTES_MAX)
     return MessageSizes(nbytes, nbytes, nbytes)
 
 

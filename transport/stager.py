@@ -55,6 +55,9 @@ class Stager(Protocol):
     def release(self, slot: Slot) -> None:
         """Give a slot back; memory that a kernel still uses is reused only after it. Once for each slot."""
 
+    def prepare(self, extents: Sequence[Extent]) -> None:
+        """A message of just this object will be moved: work out beforehand how, where that takes time."""
+
     def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> Ticket:
         """Copy these blocks into the slot, in this order, on the compute stream that is given or after the last `fence`.
 

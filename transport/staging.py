@@ -86,6 +86,8 @@ class StagedMover:
     # On the loop.
 
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        for _, extents, _ in messages:
+            self._stager.prepare(extents)
         with self._lock:
             for message, extents, nbytes in messages:
                 last_layer = max(extent.layer for extent in extents)
@@ -187,6 +189,7 @@ class StagedMover:
                 self._digests[message] = digest
             done(error)
 
+        self._stager.prepare(extents)
         try:
             link.borrow(tag_of(message), nbytes, partial(self._stager.scatter, extents), received)
         except LinkLost as error:
@@ -244,7 +247,9 @@ class StagedMover:
     def _reserve(self, link: Link, nbytes: int) -> Slot | None:
         """A slot, if that leaves the others who want one their share."""
         wanting = {*self._hungry, *self._held, *self._sends, link}
-        share = self._stager.staging_bytes // max(2, len(wanting))  # Never all: a peer that hangs keeps what it has.
+        parts = len(wanting)
+        # Never all: a peer that hangs keeps what it has.
+        share = self._stager.staging_bytes * 3 // 4 if parts == 1 else self._stager.staging_bytes // parts
         held = self._held.get(link, 0)
         if held and held + nbytes > share:
             return None
@@ -327,6 +332,9 @@ class HostStager:
             self._free_bytes += buffer.nbytes
             self._kept.setdefault(buffer.nbytes, []).append(buffer)
             self._kept_bytes += buffer.nbytes
+
+    def prepare(self, extents: Iterable[Extent]) -> None:
+        pass
 
     def gather(self, extents: Iterable[Extent], slot: Slot, *, stream: object | None = None) -> _Moved:
         assert isinstance(slot, HostSlot)

@@ -21,9 +21,19 @@ except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
 _LIST_WORDS_MIN = 1 << 16  # 512 KiB pinned, and for each stream on the device: 64 messages of 16 KiB blocks
+_PLANS_MAX = 4096
 _LENT_BYTES_MAX, _LENT_BLOCK_BYTES = 64 << 20, 1 << 10
 _LAYER_BYTES = 16  # address and stride
 AnySlot = StagingSlot | ForeignSlot
+
+
+class _Plan(NamedTuple):
+    """The launches of a message, and what they come to."""
+
+    passes: list[Pass]
+    nbytes: int
+    programs: int
+    list_words: int
 
 
 class _Queue(NamedTuple):
@@ -56,20 +66,17 @@ class Mover:
         self._places = torch.tensor([*places, (0, 1)], dtype=torch.int64).to(device)
         self._places_at: int = self._places.data_ptr()
         self._lists = BlockLists(blocks)
+        self._plans: dict[int, tuple[Sequence[Extent], _Plan | None]] = {}  # by id() of the extents, which are held
 
     def move(
         self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool
     ) -> GpuTicket:
         """Queue a message on the stream. Raises ValueError or IndexError for what does not fit, before anything moves."""
-        lists = [self._lists.of(extent.block_ids) for extent in extents]
-        passes = plan(extents, lists, self._layers)
-        if passes is None:
+        kept = self._plans.pop(id(extents), None)
+        found = kept[1] if kept is not None and kept[0] is extents else self._plan(extents)
+        if found is None:
             return self._move_by_torch(extents, slot, stream, is_gather=is_gather)
-        nbytes = programs = words = 0
-        for item in passes:
-            nbytes += item.nbytes
-            programs += item.programs
-            words += item.list_words
+        passes, nbytes, programs, words = found
         _check_slot(slot, nbytes)
         handle = _handle(stream)
         ring = self._rings.of(handle)
@@ -82,6 +89,25 @@ class Mover:
             self.tickets.lose(ticket)
             raise
         return ticket
+
+    def prepare(self, extents: Sequence[Extent]) -> None:
+        """Plan a message that will be moved once. Raises as `move` does."""
+        if len(self._plans) >= _PLANS_MAX:  # Of messages that were given up.
+            self._plans.clear()
+        self._plans[id(extents)] = extents, self._plan(extents)
+
+    def _plan(self, extents: Sequence[Extent]) -> _Plan | None:
+        """None: torch must move it."""
+        lists = [self._lists.of(extent.block_ids) for extent in extents]
+        passes = plan(extents, lists, self._layers)
+        if passes is None:
+            return None
+        nbytes, programs, words = (
+            sum(item.nbytes for item in passes),
+            sum(item.programs for item in passes),
+            sum(item.list_words for item in passes),
+        )
+        return _Plan(passes, nbytes, programs, words)
 
     def _launch(self, passes: list[Pass], slot: int, queue: _Queue, *, is_gather: bool) -> None:
         nbytes = words = 0

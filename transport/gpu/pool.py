@@ -26,7 +26,7 @@ except ImportError as error:
 
 __all__ = ["MESSAGE_BYTES_MAX", "CudaKvPool", "StagingSlot", "host_digest"]
 
-MESSAGE_BYTES_MAX = 32 << 20
+MESSAGE_BYTES_MAX = 64 << 20
 _CLOSE_S = 10.0
 
 
@@ -87,7 +87,7 @@ class CudaKvPool:
 
     @property
     def message_bytes_max(self) -> int:
-        """32 MiB, or all of the staging memory when that is less."""
+        """64 MiB, or all of the staging memory when that is less."""
         return self._message_bytes_max
 
     @property
@@ -119,6 +119,10 @@ class CudaKvPool:
                 self._parked.append(own)
             return
         own.staging.arena.release(own.offset)
+
+    def prepare(self, extents: Sequence[Extent]) -> None:
+        """Plan its launches now: 15 to 30 us less when it is moved."""
+        self._mover.prepare(extents)
 
     def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> GpuTicket:
         """Copy these blocks into the slot on `stream` (a `torch.cuda.Stream`), else after the last `fence`."""

@@ -79,7 +79,7 @@ class GpuRing:
         gpu, handle, first = _HOST, bytes(driver.HANDLE_BYTES), 0
         if self.is_on_device:
             torch.cuda.synchronize(self._device)
-            gpu = torch.cuda.get_device_properties(self._device).uuid.bytes
+            gpu = bytes.fromhex(str(torch.cuda.get_device_properties(self._device).uuid).replace("-", ""))
             handle, first = driver.export(staging.address)
         self.words = _WORDS.pack(os.getpid(), gpu, handle, first, staging.memory.nbytes, nonce.offset, number)
         flags = mover.tickets.pages.fd

@@ -290,8 +290,9 @@ class RingLink:
             self._check_over()
             return
         self._read_bytes += receive.nbytes
-        self._say(_TAG_FRAME.pack(_FREED, receive.tag))
         receive.done(None, digest)
+        if self._error is None:  # In the loop's next turn, together with others and with what was just said.
+            self._channel.send_control(_TAG_FRAME.pack(_FREED, receive.tag))
 
     # The end.
 
