@@ -84,6 +84,7 @@ class Arena(Protocol):
     address: int
     nbytes: int
     kind: str  # for NIXL: "DRAM", "VRAM"
+    gpu: int  # number of the GPU; 0 in host memory
 
     def enter(self) -> None:
         """A thread's first word to the device, for libraries that expect one."""
@@ -110,6 +111,7 @@ class HostArena:
     """Implements `Arena` with numpy."""
 
     kind = "DRAM"
+    gpu = 0
 
     def __init__(self, nbytes: int) -> None:
         self.words = np.ones(nbytes // 8, np.uint64)

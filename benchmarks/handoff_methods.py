@@ -32,6 +32,7 @@ class Facts(msgspec.Struct, frozen=True):
     token: str = ""
     agent: bytes = b""
     memory: int = 0
+    gpu: int = 0
 
 
 class Source(Protocol):

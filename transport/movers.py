@@ -115,9 +115,9 @@ class RingTransport(Protocol):
 
 
 def _lent_sizes(pool: KvPool) -> MessageSizes:
-    """Eight to a ring: four are under way while others wait for room, which is what keeps a fast GPU busy."""
+    """Eight to a ring: six may be under way for one link, which is more than both sides' launches need to overlap."""
     assert isinstance(pool, DevicePool)
-    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 4), LENT_BYTES_MAX)
+    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8), LENT_BYTES_MAX)
     return MessageSizes(nbytes, nbytes, nbytes)
 
 

@@ -58,9 +58,17 @@ class Stager(Protocol):
     def prepare(self, extents: Sequence[Extent]) -> None:
         """A message of just this object will be moved: work out beforehand how, where that takes time."""
 
-    def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> Ticket:
+    def gather(
+        self,
+        extents: Sequence[Extent],
+        slot: Slot,
+        *,
+        stream: object | None = None,
+        before: Callable[[Ticket], None] | None = None,
+    ) -> Ticket:
         """Copy these blocks into the slot, in this order, on the compute stream that is given or after the last `fence`.
 
+        `before` is called with the ticket once nothing but the launch can fail, for who tells others while it is launched.
         Raises ValueError when the slot is not exactly as long as the extents, IndexError for a block outside of the pool.
         """
 
@@ -149,7 +157,11 @@ class LendingLink(Protocol):
         """Send a message that is being gathered; the slot must not change until `done`. Raises LinkLost."""
 
     def borrow(
-        self, tag: int, nbytes: int, scatter: Callable[[Slot], Ticket], done: Callable[[BaseException | None, int], None]
+        self,
+        tag: int,
+        nbytes: int,
+        scatter: Callable[[Slot], Ticket],
+        done: Callable[[BaseException | None, int], None],
     ) -> None:
         """Receive one: when it is there, `scatter` is called, and when that is through `done` with the digest.
 

@@ -126,6 +126,7 @@ class StagedMover:
     def _follow(self, send: _Send, ticket: Ticket) -> None:
         if lending := self._lending_of(send.link):
             self._lend(lending, send, ticket)
+            self.poller.when(ticket, send.on_digest)
             return
         self._sending.append(send)
         self.poller.when(ticket, partial(self._on_gathered, send))
@@ -137,7 +138,6 @@ class StagedMover:
             link.lend(tag_of(send.message), send.slot, ticket, partial(self._on_sent, send))
         except LinkLost as error:
             self._on_sent(send, error)
-        self.poller.when(ticket, send.on_digest)
 
     def _on_gathered(self, send: _Send, digest: int) -> None:
         self._sending.remove(send)
@@ -289,7 +289,11 @@ class StagedMover:
             if not waiting:
                 del self._sends[link]
             send.slot = slot
-            self._follow(send, self._stager.gather(send.extents, slot))
+            if lending := self._lending_of(link):  # The peer wakes up while the kernel is launched.
+                ticket = self._stager.gather(send.extents, slot, before=partial(self._lend, lending, send))
+                self.poller.when(ticket, send.on_digest)
+            else:
+                self._follow(send, self._stager.gather(send.extents, slot))
 
 
 class HostStager:
@@ -336,10 +340,20 @@ class HostStager:
     def prepare(self, extents: Iterable[Extent]) -> None:
         pass
 
-    def gather(self, extents: Iterable[Extent], slot: Slot, *, stream: object | None = None) -> _Moved:
+    def gather(
+        self,
+        extents: Iterable[Extent],
+        slot: Slot,
+        *,
+        stream: object | None = None,
+        before: Callable[[Ticket], None] | None = None,
+    ) -> _Moved:
         assert isinstance(slot, HostSlot)
         self._pool.pack(extents, slot.buffer)
-        return _Moved(digest_of([slot.buffer]))
+        moved = _Moved(digest_of([slot.buffer]))
+        if before:
+            before(moved)
+        return moved
 
     def scatter(self, extents: Iterable[Extent], slot: Slot) -> _Moved:
         assert isinstance(slot, HostSlot)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 from ..base import Extent
 from ..errors import TransportUnavailable
+from ..stager import Ticket
 from .cuts import cut_view, gather_cut, gather_whole, scatter_cut, scatter_whole
 from .kernel import Kernels, Launch, Listed, Report, Staged, Whole, digest_programs
 from .lists import BlockLists, ListRing, ListRings
@@ -69,13 +70,25 @@ class Mover:
         self._plans: dict[int, tuple[Sequence[Extent], _Plan | None]] = {}  # by id() of the extents, which are held
 
     def move(
-        self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool
+        self,
+        extents: Sequence[Extent],
+        slot: AnySlot,
+        stream: object | None,
+        *,
+        is_gather: bool,
+        before: Callable[[Ticket], None] | None = None,
     ) -> GpuTicket:
-        """Queue a message on the stream. Raises ValueError or IndexError for what does not fit, before anything moves."""
+        """Queue a message on the stream; `before` is told its ticket when all but the launch is done.
+
+        Raises ValueError or IndexError for what does not fit, before anything moves.
+        """
         kept = self._plans.pop(id(extents), None)
         found = kept[1] if kept is not None and kept[0] is extents else self._plan(extents)
         if found is None:
-            return self._move_by_torch(extents, slot, stream, is_gather=is_gather)
+            ticket = self._move_by_torch(extents, slot, stream, is_gather=is_gather)
+            if before:
+                before(ticket)
+            return ticket
         passes, nbytes, programs, words = found
         _check_slot(slot, nbytes)
         handle = _handle(stream)
@@ -83,6 +96,8 @@ class Mover:
         ticket = slot.ticket = self.tickets.take(words)
         queue = _Queue(handle, ring, ticket, self.tickets.report(ticket, programs))
         try:
+            if before:
+                before(ticket)
             with nullcontext() if ring is None else ring.lock:
                 self._launch(passes, slot.address, queue, is_gather=is_gather)
         except BaseException:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..base import Extent
 from ..errors import TransportError, TransportUnavailable
 from ..layout import KvLayout
-from ..stager import Slot
+from ..stager import Slot, Ticket
 from .cuts import BlockShape
 from .digest import host_digest
 from .kernel import INTERPRETED
 from .mover import Mover
 from .passes import Layer
-from .ring import NONCE_BYTES, GpuRing
+from .ring import GpuRing
 from .slots import ForeignSlot, Staging, StagingSlot
 from .tickets import GpuTicket
 
@@ -124,7 +124,14 @@ class CudaKvPool:
         """Plan its launches now: 15 to 30 us less when it is moved."""
         self._mover.prepare(extents)
 
-    def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> GpuTicket:
+    def gather(
+        self,
+        extents: Sequence[Extent],
+        slot: Slot,
+        *,
+        stream: object | None = None,
+        before: Callable[[Ticket], None] | None = None,
+    ) -> GpuTicket:
         """Copy these blocks into the slot on `stream` (a `torch.cuda.Stream`), else after the last `fence`."""
         self._enter()
         if stream is None and self._gathers is not None:
@@ -133,17 +140,15 @@ class CudaKvPool:
             if fences != self._fences_seen:
                 self._gathers.wait_event(self._fence)
                 self._fences_seen = fences
-        return self._mover.move(extents, _own(slot), stream, is_gather=True)
+        return self._mover.move(extents, _own(slot), stream, is_gather=True, before=before)
 
     def ring(self) -> GpuRing:
         """The device slots, as other processes of this host can map them. Raises TransportUnavailable."""
         if self._ring is None:
             self._enter()
             assert self._device_staging
-            nonce = self.reserve(NONCE_BYTES, on_device=True)
-            assert nonce, "the first slot finds room"
             handle = self._scatters.cuda_stream if self._scatters else 0
-            self._ring = GpuRing(self._device_staging, nonce, self._mover, handle, self._enter)
+            self._ring = GpuRing(self._device_staging, self._mover, handle, self._enter)
         return self._ring
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:

@@ -18,7 +18,7 @@ from ..stager import Lease, Slot, Ticket
 from . import driver
 from .digest import host_digest
 from .mover import Mover
-from .slots import ForeignSlot, Staging, StagingSlot, copy_bytes
+from .slots import NONCE_BYTES, ForeignSlot, Staging, copy_bytes
 from .tickets import GpuTicket
 
 try:
@@ -26,7 +26,6 @@ try:
 except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
-NONCE_BYTES = 16
 _CHECK_S = 1.0
 _ALIGN_BYTES = 16  # of a slot, for the kernels
 # Process, GPU (its UUID; zeros: host memory), handle, where the ring begins there, its bytes, where the nonce is, the nonce.
@@ -40,7 +39,7 @@ class MappedGpuRing:
     def __init__(self, address: int, nbytes: int, flags: HostBuffer, owner: Callable[[], None] | HostBuffer) -> None:
         """`owner` unmaps the ring, or is its memory."""
         self._address, self._nbytes = address, nbytes
-        self._flags = memoryview(flags).cast("Q")
+        self._flags = flags.data.cast("Q")
         self._owner: Callable[[], None] | HostBuffer | None = owner
         self.device = torch.device("cpu")
 
@@ -64,9 +63,7 @@ class GpuRing:
 
     name = "cuda_ipc"
 
-    def __init__(
-        self, staging: Staging, nonce: StagingSlot, mover: Mover, stream: int, enter: Callable[[], None]
-    ) -> None:
+    def __init__(self, staging: Staging, mover: Mover, stream: int, enter: Callable[[], None]) -> None:
         """`stream` is the CUDA handle of the one that reads; `enter` makes the calling thread's device the pool's."""
         self._staging = staging
         self._mover = mover
@@ -75,13 +72,14 @@ class GpuRing:
         self._device: torch.device = staging.memory.device
         self.is_on_device = self._device.type == "cuda"
         number = os.urandom(NONCE_BYTES)
-        nonce.view.copy_(torch.frombuffer(bytearray(number), dtype=torch.uint8))
+        nonce = torch.frombuffer(bytearray(number), dtype=torch.uint8)
+        staging.memory[staging.nonce_offset :].copy_(nonce)
         gpu, handle, first = _HOST, bytes(driver.HANDLE_BYTES), 0
         if self.is_on_device:
             torch.cuda.synchronize(self._device)
             gpu = bytes.fromhex(str(torch.cuda.get_device_properties(self._device).uuid).replace("-", ""))
             handle, first = driver.export(staging.address)
-        self.words = _WORDS.pack(os.getpid(), gpu, handle, first, staging.memory.nbytes, nonce.offset, number)
+        self.words = _WORDS.pack(os.getpid(), gpu, handle, first, staging.memory.nbytes, staging.nonce_offset, number)
         flags = mover.tickets.pages.fd
         self.fds = [flags] if staging.pages is None else [flags, staging.pages.fd]
 

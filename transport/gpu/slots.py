@@ -20,23 +20,31 @@ except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
 
+NONCE_BYTES = 16
+_ALIGN_BYTES = 256  # as the arena's slots
+
+
 class StagingSlot:
     """Staging memory for one message. `view` is the same bytes as a torch tensor (uint8), pinned when on the host."""
 
-    __slots__ = ("_address", "buffer", "is_released", "offset", "staging", "ticket", "view")
+    __slots__ = ("_address", "buffer", "is_released", "offset", "staging", "ticket")
 
     def __init__(self, staging: Staging, offset: int, nbytes: int) -> None:
         self.staging = staging
         self.offset = offset
-        self.view: torch.Tensor = staging.memory[offset : offset + nbytes]
         self._address = staging.address + offset
         self.buffer: Buffer = (
-            DeviceBuffer(self._address, nbytes, self.view)
+            DeviceBuffer(self._address, nbytes, staging.memory)
             if staging.on_device
             else staging.array[offset : offset + nbytes]
         )
         self.ticket: GpuTicket | None = None  # the last gather or scatter
         self.is_released = False
+
+    @property
+    def view(self) -> torch.Tensor:
+        """Made when it is asked for: few want it, and it takes 5 us."""
+        return self.staging.memory[self.offset : self.offset + self.buffer.nbytes]
 
     @property
     def address(self) -> int:
@@ -83,11 +91,13 @@ def copy_bytes(target: int, source: int, nbytes: int, stream: int) -> None:
 
 
 class Staging:
-    """One allocation that slots are cut from."""
+    """One allocation that slots are cut from, and `NONCE_BYTES` behind them for a number that proves a mapping."""
 
     def __init__(self, nbytes: int, device: torch.device, *, on_device: bool) -> None:
         self.on_device = on_device
         self.arena = Arena(nbytes)
+        self.nonce_offset = -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        nbytes = self.nonce_offset + NONCE_BYTES
         is_cuda = device.type == "cuda"
         self.pages: SharedPages | None = None
         if on_device and is_cuda:

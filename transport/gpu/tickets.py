@@ -84,12 +84,10 @@ class Tickets:
         self._cells = torch.zeros(CELLS * _CELL_BYTES // 8, dtype=torch.int64, device=device)
         self.pages = SharedPages(CELLS * _FLAG_WORDS * 8)  # the flags
         self._table = torch.zeros(table_words, dtype=torch.int64, pin_memory=is_cuda)
-        self.flag_words = memoryview(self.pages.array).cast("Q")
+        self.flag_words = self.pages.array.data.cast("Q")
         self._cells_at: int = self._cells.data_ptr()
         self._is_registered = is_cuda
-        self._flags_at = (
-            driver.register(self.pages.address, self.pages.array.nbytes) if is_cuda else self.pages.address
-        )
+        self._flags_at = driver.register(self.pages.address, self.pages.array.nbytes) if is_cuda else self.pages.address
         self._table_at: int = self._table.data_ptr()
         self.table: npt.NDArray[np.int64] = self._table.numpy()
         self._arena = Arena(table_words * 8, align_bytes=64)

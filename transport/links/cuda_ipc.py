@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError, TransportUnavailable
+from ..frames import FRAME_BYTES_MAX
 from ..poller import Poller
 from ..stager import RING_WORDS_MAX, LendingStager, MappedRing, Ring
 from . import unix
@@ -93,7 +94,8 @@ class CudaIpcTransport:
                 raise LinkLost(f"lost {peer} while connecting: {error or 'timeout'}") from error
             raise
         assert mapped
-        link = RingLink(TcpLink(connection, peer), ring, mapped, poller, self._links.discard)
+        channel = TcpLink(connection, peer, frame_bytes_max=FRAME_BYTES_MAX + 1)  # A byte for the kind.
+        link = RingLink(channel, ring, mapped, poller, self._links.discard)
         self._links.add(link)
         return link
 
@@ -138,10 +140,10 @@ def _unmap(mapping: asyncio.Future[MappedRing]) -> None:
 
 async def _readable(connection: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(connection, lambda: future.done() or future.set_result(None))
+    is_readable = asyncio.Event()
+    loop.add_reader(connection, is_readable.set)
     try:
-        await future
+        await is_readable.wait()
     finally:
         loop.remove_reader(connection)
 

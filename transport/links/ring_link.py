@@ -141,7 +141,11 @@ class RingLink:
         self._offer(tag, self._ring.lease(slot.buffer, ticket), done)
 
     def borrow(
-        self, tag: int, nbytes: int, scatter: Callable[[Slot], Ticket], done: Callable[[BaseException | None, int], None]
+        self,
+        tag: int,
+        nbytes: int,
+        scatter: Callable[[Slot], Ticket],
+        done: Callable[[BaseException | None, int], None],
     ) -> None:
         """See `stager.LendingLink`."""
         self._check_alive()
