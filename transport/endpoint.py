@@ -228,8 +228,10 @@ class HandoffEndpoint:
 
     def layers_ready(self, key: HandoffKey, layers: Iterable[int]) -> None:
         """Several of one chunk at once: of a prefix that was cached, or of an engine that tells of no single ones."""
+        found = frozenset(layers)
+        self._mover.start(key, found)
         _note("computed a layer", key.token)
-        self._tell_sender(LayersReady(key, frozenset(layers)))
+        self._tell_sender(LayersReady(key, found))
 
     def abort(self, key: HandoffKey, reason: str) -> None:
         """There will be no more chunks; SendReleased and SendEnd follow. Unknown keys are ignored."""
@@ -359,6 +361,7 @@ class HandoffEndpoint:
             _note("sent a message", message.key.token)
             self._mover.send(link, message, instruction.extents, nbytes, done, digested)
             return
+        self._mover.skip(message)
         try:
             if link is None:
                 raise LinkLost("the link was dropped")

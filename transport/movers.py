@@ -58,6 +58,12 @@ class HostMover:
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
         self._staged.gather_ahead(keys, layer, stream)
 
+    def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
+        pass
+
+    def skip(self, message: MessageId) -> None:
+        pass
+
     def forget(self, key: HandoffKey) -> None:
         self._staged.forget(key)
 

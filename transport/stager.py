@@ -58,17 +58,9 @@ class Stager(Protocol):
     def prepare(self, extents: Sequence[Extent]) -> None:
         """A message of just this object will be moved: work out beforehand how, where that takes time."""
 
-    def gather(
-        self,
-        extents: Sequence[Extent],
-        slot: Slot,
-        *,
-        stream: object | None = None,
-        before: Callable[[Ticket], None] | None = None,
-    ) -> Ticket:
+    def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> Ticket:
         """Copy these blocks into the slot, in this order, on the compute stream that is given or after the last `fence`.
 
-        `before` is called with the ticket once nothing but the launch can fail, for who tells others while it is launched.
         Raises ValueError when the slot is not exactly as long as the extents, IndexError for a block outside of the pool.
         """
 
@@ -142,8 +134,17 @@ class Ring(Protocol):
 
 
 @runtime_checkable
-class LendingStager(Protocol):
+class LendingStager(Stager, Protocol):
     """A stager whose device slots other processes can map."""
+
+    def arm(self, extents: Sequence[Extent], slot: Slot) -> Ticket:
+        """All of a `gather` but its launch. Its ticket speaks after `launch`. Raises as `gather`."""
+
+    def launch(self, ticket: Ticket, *, stream: object | None = None) -> None:
+        """Of an armed gather, once."""
+
+    def disarm(self, ticket: Ticket) -> None:
+        """It will not be launched."""
 
     def ring(self) -> Ring:
         """Always the same. Raises TransportUnavailable with the reason why they cannot."""
@@ -151,10 +152,17 @@ class LendingStager(Protocol):
 
 @runtime_checkable
 class LendingLink(Protocol):
-    """A link whose receiver reads the sender's slots in place. A message that was lent must be borrowed."""
+    """A link whose receiver reads the sender's slots in place. A message that was lent must be borrowed.
+
+    An empty message with the tag of one that was lent takes the offer back: its receive ends with an error, if it is not
+    being read already.
+    """
 
     def lend(self, tag: int, slot: Slot, ticket: Ticket, done: Done) -> None:
-        """Send a message that is being gathered; the slot must not change until `done`. Raises LinkLost."""
+        """Offer a message that is, or will be, gathered; the slot must not change until `done`. Raises LinkLost."""
+
+    def go(self, tags: Sequence[int]) -> None:
+        """Those that were lent are being gathered now: the peer wakes up and watches them. Raises LinkLost."""
 
     def borrow(
         self,

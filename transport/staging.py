@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -19,10 +19,11 @@ import numpy as np
 from .base import Buffer, DeviceBuffer, Done, Extent, HandoffKey, HostBuffer, Link, Place
 from .errors import LinkLost
 from .handoff import MessageId
+from .lender import Lender
 from .mover import Extents, OnDigest, tag_of
 from .poller import Poller
 from .pool import HostKvPool, digest_of
-from .stager import HostSlot, LendingLink, Slot, Stager, Ticket
+from .stager import HostSlot, LendingLink, LendingStager, Slot, Stager, Ticket
 
 
 @dataclass(slots=True)
@@ -66,13 +67,15 @@ class StagedMover:
         self._hungry: dict[Link, None] = {}  # receives wait for a slot
         self._held: dict[Link, int] = {}  # bytes of slots
         self._lending: dict[Link, LendingLink | None] = {}  # isinstance of a protocol takes 10 us
-        self._digests: dict[MessageId, int] = {}  # of what was scattered out of a peer's slot, until they are asked for
+        self._lender = Lender(stager, self.poller, self) if isinstance(stager, LendingStager) else None
         self._arrived: dict[MessageId, tuple[Link, Slot]] = {}
 
     # On the thread of the compute stream.
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
         """This layer was enqueued on `stream`: gather there what is complete with it, as far as there is room."""
+        if self._lender:
+            self._lender.gather_ahead(keys, layer, stream)
         with self._lock:
             due = [ahead for key in keys for ahead in self._plans.get(key, ()) if ahead.last_layer == layer]
         for ahead in due:
@@ -86,16 +89,21 @@ class StagedMover:
     # On the loop.
 
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        if self._lender and (lending := self._lending_of(link)):
+            self._lender.plan(link, lending, messages)
+            return
         for _, extents, _ in messages:
             self._stager.prepare(extents)
         with self._lock:
             for message, extents, nbytes in messages:
                 last_layer = max(extent.layer for extent in extents)
-                ahead = _Ahead(message, extents, nbytes, last_layer, self._is_on_device(link))
+                ahead = _Ahead(message, extents, nbytes, last_layer, link.moves_device_memory)
                 self._plans.setdefault(message.key, []).append(ahead)
 
     def forget(self, key: HandoffKey) -> None:
         """The order is over."""
+        if self._lender:
+            self._lender.forget(key)
         with self._lock:
             self._plans.pop(key, None)
             left = [message for message in self._gathered if message.key == key]
@@ -110,6 +118,9 @@ class StagedMover:
     def send(
         self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
     ) -> None:
+        if self._lender and (lending := self._lending_of(link)):
+            self._lender.send(link, lending, (message, extents, nbytes), done, on_digest)
+            return
         send = _Send(link, message, extents, nbytes, done, on_digest)
         with self._lock:
             if plans := self._plans.get(message.key):
@@ -123,28 +134,24 @@ class StagedMover:
         self._hold(link, nbytes)
         self._follow(send, ticket)
 
+    def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
+        if self._lender:
+            self._lender.start(key, layers)
+
+    def skip(self, message: MessageId) -> None:
+        if self._lender:
+            self._lender.skip(message)
+
     def _follow(self, send: _Send, ticket: Ticket) -> None:
-        if lending := self._lending_of(send.link):
-            self._lend(lending, send, ticket)
-            self.poller.when(ticket, send.on_digest)
-            return
         self._sending.append(send)
         self.poller.when(ticket, partial(self._on_gathered, send))
-
-    def _lend(self, link: LendingLink, send: _Send, ticket: Ticket) -> None:
-        """The peer sees itself when the slot is filled."""
-        assert send.slot
-        try:
-            link.lend(tag_of(send.message), send.slot, ticket, partial(self._on_sent, send))
-        except LinkLost as error:
-            self._on_sent(send, error)
 
     def _on_gathered(self, send: _Send, digest: int) -> None:
         self._sending.remove(send)
         slot = send.slot
         assert slot
         if send.is_dropped:
-            self._give_back(send.link, slot, send.nbytes)
+            self.give_back(send.link, slot, send.nbytes)
         else:
             try:
                 send.link.post_send(tag_of(send.message), [slot.buffer], partial(self._on_sent, send))
@@ -154,17 +161,17 @@ class StagedMover:
 
     def _on_sent(self, send: _Send, error: BaseException | None) -> None:
         assert send.slot
-        self._give_back(send.link, send.slot, send.nbytes)
+        self.give_back(send.link, send.slot, send.nbytes)
         send.done(error)
 
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
-        if lending := self._lending_of(link):
-            self._borrow(lending, message, extents, nbytes, done)
+        if self._lender and (lending := self._lending_of(link)):
+            self._lender.borrow(lending, message, extents, nbytes, done)
             return
         slots: list[Slot] = []
 
         def take() -> list[Buffer] | None:
-            slot = self._reserve(link, nbytes)
+            slot = self.take(link, nbytes)
             if slot is None:
                 self._hungry[link] = None
                 return None
@@ -175,7 +182,7 @@ class StagedMover:
             if slots and error is None:
                 self._arrived[message] = (link, slots[0])
             elif slots:
-                self._give_back(link, slots[0], nbytes)
+                self.give_back(link, slots[0], nbytes)
             done(error)
 
         try:
@@ -183,26 +190,14 @@ class StagedMover:
         except LinkLost as error:
             done(error)
 
-    def _borrow(self, link: LendingLink, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
-        def received(error: BaseException | None, digest: int) -> None:
-            if error is None:
-                self._digests[message] = digest
-            done(error)
-
-        self._stager.prepare(extents)
-        try:
-            link.borrow(tag_of(message), nbytes, partial(self._stager.scatter, extents), received)
-        except LinkLost as error:
-            done(error)
-
     def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
-        if message in self._digests:
-            on_digest(self._digests.pop(message))
+        if self._lender and (borrowed := self._lender.borrowed_digest(message)) is not None:
+            on_digest(borrowed)
             return
         link, slot = self._arrived.pop(message)
 
         def scattered(digest: int) -> None:
-            self._give_back(link, slot, slot.buffer.nbytes)
+            self.give_back(link, slot, slot.buffer.nbytes)
             on_digest(digest)
 
         self.poller.when(self._stager.scatter(extents, slot), scattered)
@@ -211,6 +206,8 @@ class StagedMover:
         waiting = self._sends.pop(link, ())
         self._hungry.pop(link, None)
         self._lending.pop(link, None)
+        if self._lender:
+            self._lender.drop(link)
         error = LinkLost(f"{link.peer} is gone")
         for send in waiting:
             send.done(error)
@@ -244,9 +241,9 @@ class StagedMover:
         self._stager.release(slot)
         self._loop.call_soon(self._feed)
 
-    def _reserve(self, link: Link, nbytes: int) -> Slot | None:
+    def take(self, link: Link, nbytes: int) -> Slot | None:
         """A slot, if that leaves the others who want one their share."""
-        wanting = {*self._hungry, *self._held, *self._sends, link}
+        wanting = {*self._hungry, *self._held, *self._sends, link, *(self._lender.waiting if self._lender else ())}
         parts = len(wanting)
         # Never all: a peer that hangs keeps what it has.
         share = self._stager.staging_bytes * 3 // 4 if parts == 1 else self._stager.staging_bytes // parts
@@ -261,7 +258,7 @@ class StagedMover:
     def _hold(self, link: Link, nbytes: int) -> None:
         self._held[link] = self._held.get(link, 0) + nbytes
 
-    def _give_back(self, link: Link, slot: Slot, nbytes: int) -> None:
+    def give_back(self, link: Link, slot: Slot, nbytes: int) -> None:
         self._stager.release(slot)
         left = self._held[link] - nbytes
         if left:
@@ -274,6 +271,9 @@ class StagedMover:
         """There may be room: first come, first served, but for those who have their share."""
         for link in list(self._sends):
             self._feed_sends(link)
+        if self._lender:
+            for link in list(self._lender.waiting):
+                self._lender.feed(link)
         hungry, self._hungry = self._hungry, {}
         for link in hungry:
             link.retry_receives()
@@ -282,18 +282,14 @@ class StagedMover:
         """Gather what there is room for."""
         while waiting := self._sends.get(link):
             send = waiting[0]
-            slot = self._reserve(link, send.nbytes)
+            slot = self.take(link, send.nbytes)
             if slot is None:
                 return
             waiting.popleft()
             if not waiting:
                 del self._sends[link]
             send.slot = slot
-            if lending := self._lending_of(link):  # The peer wakes up while the kernel is launched.
-                ticket = self._stager.gather(send.extents, slot, before=partial(self._lend, lending, send))
-                self.poller.when(ticket, send.on_digest)
-            else:
-                self._follow(send, self._stager.gather(send.extents, slot))
+            self._follow(send, self._stager.gather(send.extents, slot))
 
 
 class HostStager:
@@ -340,20 +336,10 @@ class HostStager:
     def prepare(self, extents: Iterable[Extent]) -> None:
         pass
 
-    def gather(
-        self,
-        extents: Iterable[Extent],
-        slot: Slot,
-        *,
-        stream: object | None = None,
-        before: Callable[[Ticket], None] | None = None,
-    ) -> _Moved:
+    def gather(self, extents: Iterable[Extent], slot: Slot, *, stream: object | None = None) -> _Moved:
         assert isinstance(slot, HostSlot)
         self._pool.pack(extents, slot.buffer)
-        moved = _Moved(digest_of([slot.buffer]))
-        if before:
-            before(moved)
-        return moved
+        return _Moved(digest_of([slot.buffer]))
 
     def scatter(self, extents: Iterable[Extent], slot: Slot) -> _Moved:
         assert isinstance(slot, HostSlot)

@@ -43,6 +43,7 @@ class ShmTicket:
     flag: int
     sequence: int
     digest: int
+    armed: tuple[Sequence[Extent], HostBuffer] | None = None
 
     def raise_flag(self) -> None:
         self.flags[self.flag] = self.sequence
@@ -124,22 +125,30 @@ class ShmKvPool:
     def prepare(self, extents: Sequence[Extent]) -> None:
         pass
 
-    def gather(
-        self,
-        extents: Sequence[Extent],
-        slot: Slot,
-        *,
-        stream: object | None = None,
-        before: Callable[[Ticket], None] | None = None,
-    ) -> ShmTicket:
-        view = _view(slot)
-        self._inner.pack(extents, view)
-        ticket = self._ticket(host_digest(view))
-        self.on_gathered(view)
-        if before:
-            before(ticket)
-        self._begin(ticket, self.gathering)
+    def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> ShmTicket:
+        ticket = self.arm(extents, slot)
+        self.launch(ticket)
         return ticket
+
+    def arm(self, extents: Sequence[Extent], slot: Slot) -> ShmTicket:
+        ticket = self._ticket(0)
+        ticket.armed = extents, _view(slot)
+        return ticket
+
+    def launch(self, ticket: Ticket, *, stream: object | None = None) -> None:
+        assert isinstance(ticket, ShmTicket)
+        assert ticket.armed, "launched twice"
+        (extents, view), ticket.armed = ticket.armed, None
+        self._inner.pack(extents, view)
+        ticket.digest = host_digest(view)
+        self.on_gathered(view)
+        self._begin(ticket, self.gathering)
+
+    def disarm(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, ShmTicket)
+        assert ticket.armed, "launched already"
+        ticket.armed = None
+        ticket.raise_flag()
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> ShmTicket:
         view = _view(slot)

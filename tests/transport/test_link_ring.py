@@ -21,7 +21,7 @@ from hocket.transport.links.cuda_ipc import HELLO, MAGIC, CudaIpcTransport
 from hocket.transport.links.ring_link import RingLink
 from hocket.transport.links.unix import VERDICT_BYTES, boot_id
 from hocket.transport.poller import Poller
-from hocket.transport.stager import Lease, LendingLink, Slot, Ticket
+from hocket.transport.stager import LendingLink, Slot, Ticket
 
 BLOCKS = 8
 EXTENTS = (Extent(0, (1, 4, 2)), Extent(1, (1, 4, 2)))
@@ -58,8 +58,10 @@ class End:
     def lend(self, tag: int) -> ShmSlot:
         slot = self.pool.reserve(NBYTES, on_device=True)
         assert isinstance(slot, ShmSlot)
-        ticket = self.pool.gather(EXTENTS, slot)
+        ticket = self.pool.arm(EXTENTS, slot)
         self.link.lend(tag, slot, ticket, lambda error: self._on_done(tag, error))
+        self.link.go([tag])
+        self.pool.launch(ticket)
         return slot
 
     def borrow(self, tag: int, nbytes: int = NBYTES) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 from ..base import Extent
 from ..errors import TransportUnavailable
-from ..stager import Ticket
 from .cuts import cut_view, gather_cut, gather_whole, scatter_cut, scatter_whole
 from .kernel import Kernels, Launch, Listed, Report, Staged, Whole, digest_programs
 from .lists import BlockLists, ListRing, ListRings
@@ -35,6 +34,16 @@ class _Plan(NamedTuple):
     nbytes: int
     programs: int
     list_words: int
+
+
+class _Armed(NamedTuple):
+    """A message that is to be launched. Without passes, torch moves it."""
+
+    extents: Sequence[Extent]
+    slot: AnySlot
+    plan: _Plan
+    report: Report
+    is_gather: bool
 
 
 class _Queue(NamedTuple):
@@ -69,41 +78,39 @@ class Mover:
         self._lists = BlockLists(blocks)
         self._plans: dict[int, tuple[Sequence[Extent], _Plan | None]] = {}  # by id() of the extents, which are held
 
-    def move(
-        self,
-        extents: Sequence[Extent],
-        slot: AnySlot,
-        stream: object | None,
-        *,
-        is_gather: bool,
-        before: Callable[[Ticket], None] | None = None,
-    ) -> GpuTicket:
-        """Queue a message on the stream; `before` is told its ticket when all but the launch is done.
+    def move(self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool) -> GpuTicket:
+        """Queue a message on the stream. Raises ValueError or IndexError for what does not fit, before anything moves."""
+        ticket = self.arm(extents, slot, is_gather=is_gather)
+        self.launch(ticket, stream)
+        return ticket
 
-        Raises ValueError or IndexError for what does not fit, before anything moves.
-        """
+    def arm(self, extents: Sequence[Extent], slot: AnySlot, *, is_gather: bool) -> GpuTicket:
+        """All of `move` but the launch, on any stream. Raises as it does."""
         kept = self._plans.pop(id(extents), None)
         found = kept[1] if kept is not None and kept[0] is extents else self._plan(extents)
         if found is None:
-            ticket = self._move_by_torch(extents, slot, stream, is_gather=is_gather)
-            if before:
-                before(ticket)
-            return ticket
-        passes, nbytes, programs, words = found
-        _check_slot(slot, nbytes)
-        handle = _handle(stream)
-        ring = self._rings.of(handle)
-        ticket = slot.ticket = self.tickets.take(words)
-        queue = _Queue(handle, ring, ticket, self.tickets.report(ticket, programs))
+            sizes = [self._layers[extent.layer].extent_bytes(extent) for extent in extents]
+            found = _Plan([], sum(sizes), digest_programs(sum(sizes)), 0)
+        _check_slot(slot, found.nbytes)
+        ticket = slot.ticket = self.tickets.take(found.list_words)
+        ticket.armed = _Armed(extents, slot, found, self.tickets.report(ticket, found.programs), is_gather)
+        return ticket
+
+    def launch(self, ticket: GpuTicket, stream: object | None) -> None:
+        """Of what was armed, once."""
+        armed, ticket.armed = ticket.armed, None
+        assert isinstance(armed, _Armed), "launched twice"
         try:
-            if before:
-                before(ticket)
-            with nullcontext() if ring is None else ring.lock:
-                self._launch(passes, slot.address, queue, is_gather=is_gather)
+            if armed.plan.passes:
+                handle = _handle(stream)
+                ring = self._rings.of(handle)
+                with nullcontext() if ring is None else ring.lock:
+                    self._launch(armed, _Queue(handle, ring, ticket, armed.report))
+            else:
+                self._launch_by_torch(armed, stream)
         except BaseException:
             self.tickets.lose(ticket)
             raise
-        return ticket
 
     def prepare(self, extents: Sequence[Extent]) -> None:
         """Plan a message that will be moved once. Raises as `move` does."""
@@ -124,9 +131,10 @@ class Mover:
         )
         return _Plan(passes, nbytes, programs, words)
 
-    def _launch(self, passes: list[Pass], slot: int, queue: _Queue, *, is_gather: bool) -> None:
+    def _launch(self, armed: _Armed, queue: _Queue) -> None:
+        slot, is_gather = armed.slot.address, armed.is_gather
         nbytes = words = 0
-        for item in passes:
+        for item in armed.plan.passes:
             ids = queue.ring.find(item.shared) if queue.ring is not None else None
             if ids is None:
                 ids = self._list(item, words, queue)
@@ -158,19 +166,15 @@ class Mover:
         queue.ring.keep(item.shared, address)
         return address
 
-    def _move_by_torch(
-        self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool
-    ) -> GpuTicket:
+    def _launch_by_torch(self, armed: _Armed, stream: object | None) -> None:
         """A message with cuts that the kernel does not take: torch moves all of it, then a kernel reads the slot."""
-        sizes = [self._layers[extent.layer].extent_bytes(extent) for extent in extents]
-        _check_slot(slot, sum(sizes))
         with torch.cuda.stream(stream):  # None changes nothing.
-            offset, view = 0, slot.view
-            for extent, nbytes in zip(extents, sizes, strict=True):
-                self._move_extent(extent, view[offset : offset + nbytes], offset, is_gather=is_gather)
-                offset += nbytes
-        slot.ticket = self.digest(slot.address, offset, _handle(stream))
-        return slot.ticket
+            offset, view = 0, armed.slot.view
+            for extent in armed.extents:
+                end = offset + self._layers[extent.layer].extent_bytes(extent)
+                self._move_extent(extent, view[offset:end], offset, is_gather=armed.is_gather)
+                offset = end
+        self._kernels.digest(_handle(stream), armed.slot.address, armed.plan.nbytes, armed.report)
 
     def digest(self, address: int, nbytes: int, stream: int) -> GpuTicket:
         """Queue a digest of this memory, on the stream with that handle."""

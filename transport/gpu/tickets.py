@@ -33,7 +33,7 @@ _WAIT_S = 10.0  # for a cell, when all are taken: a GPU that finishes nothing fo
 class GpuTicket:
     """One message's gather or scatter. `poll` reads pinned memory: 0.2 us, no CUDA call."""
 
-    __slots__ = ("_digest", "_flag", "_owner", "_sequence", "_words", "cell", "table")
+    __slots__ = ("_digest", "_flag", "_owner", "_sequence", "_words", "armed", "cell", "table")
 
     def __init__(self, owner: Tickets, cell: int, table: int | None, sequence: int) -> None:
         self._owner = owner
@@ -41,6 +41,7 @@ class GpuTicket:
         self._flag = cell * _FLAG_WORDS
         self._sequence = sequence
         self._digest: int | None = None
+        self.armed: object | None = None  # what is to be launched
         self.cell = cell
         self.table = table  # first byte of its part of the table
 
@@ -145,6 +146,13 @@ class Tickets:
             self._free.append(ticket.cell)
             if ticket.table is not None:
                 self._arena.release(ticket.table)
+
+    def cancel(self, ticket: GpuTicket) -> None:
+        """It will not be launched: its flag says that it is through."""
+        ticket.armed = None
+        self.flag_words[ticket.flag + 1] = 0
+        self.flag_words[ticket.flag] = ticket.sequence
+        ticket.poll()
 
     def lose(self, ticket: GpuTicket) -> None:
         """A launch failed: what the ticket holds may still be counted on by an earlier one, so nobody gets it again."""

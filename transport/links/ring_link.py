@@ -1,13 +1,14 @@
 """A link whose receiver scatters straight out of the sender's staging ring, which it has mapped.
 
-The sender offers a slot as soon as its gather is queued on the device; the receiver watches the flag that the gather raises
-in shared memory, scatters out of the slot into its own blocks, and says that the slot is free. So a message costs one
-frame each way, and the first one travels while the gather runs. Nobody but the receiver's own kernels writes into its
-memory: an abort is over as soon as those that run have ended, whatever the peer does. A sender that takes a slot back too
-early (its link is lost then) is found out by the digest.
+The sender offers a slot when it knows that a message will lie there, and wakes the receiver up when the gather is launched;
+the receiver watches the flag that the gather raises in shared memory, scatters out of the slot into its own blocks, and
+says that the slot is free. Nobody but the receiver's own kernels writes into its memory: an abort is over as soon as
+those that run have ended, whatever the peer does. A sender that takes a slot back too early (its link is lost then) is
+found out by the digest.
 
 What does not lie in the ring (host memory, empty messages) takes the stream that control frames take. Frames on it: one byte for
-the kind, then a control frame of the link's user, {tag, lease}, or {tag} of a message that is empty or whose slot is free.
+the kind, then a control frame of the link's user, {tag, lease}, {tag} of a message that is empty (or whose offer is taken
+back) or whose slot is free, or the tags of those that are being gathered. Every offer is answered by one "free".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .tcp import TcpLink
 
 EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
 CLOSE_S = 1.0
-_CONTROL, _OFFER, _EMPTY, _FREED = 1, 2, 3, 4
+_CONTROL, _OFFER, _EMPTY, _FREED, _GO = 1, 2, 3, 4, 5
 _OFFER_FRAME = struct.Struct("<BQQQQQ")
 _TAG_FRAME = struct.Struct("<BQ")
 _NOTHING = Lease(0, 0, 0, 0)
@@ -44,11 +45,12 @@ class _Receive:
 
 @dataclass(slots=True)
 class _Lent:
-    """A slot that a receive waits for; a `Ticket` that speaks when it is filled or the link is lost."""
+    """A slot that a receive waits for; a `Ticket` that speaks when it is filled or not wanted any more."""
 
     ring: MappedRing
     lease: Lease
     slot: Slot
+    is_watched: bool = False
     is_dropped: bool = False
 
     def poll(self) -> int | None:
@@ -69,6 +71,7 @@ class RingLink:
         self._sends: dict[int, Done] = {}  # offered
         self._waiting: dict[int, _Receive] = {}  # no offer has come yet
         self._early: dict[int, Lease] = {}  # no receive was posted yet
+        self._gone: set[int] = set()  # of those: they are being gathered
         self._matched: dict[int, _Receive] = {}  # an offer has come; nothing reads it yet
         self._lent: dict[int, _Lent] = {}  # of those: perhaps not filled yet
         self._held: dict[int, tuple[_Receive, Slot]] = {}  # of those: there was no room
@@ -106,10 +109,11 @@ class RingLink:
         """Also raises TypeError for device memory outside of the ring, or in several pieces."""
         self._check_alive()
         if not sum(buffer.nbytes for buffer in buffers):
-            self._say(_TAG_FRAME.pack(_EMPTY, tag))
+            self._channel.send_control(_TAG_FRAME.pack(_EMPTY, tag))
             self._loop.call_soon(done, None)
         elif isinstance(buffers[0], DeviceBuffer) and len(buffers) == 1:
             self._offer(tag, self._ring.lease(buffers[0], None), done)
+            self.go([tag])
         else:
             self._channel.post_send(tag, buffers, done)
 
@@ -153,12 +157,13 @@ class RingLink:
 
     def _offer(self, tag: int, lease: Lease, done: Done) -> None:
         assert tag not in self._sends, f"tag {tag} is being sent already"
+        self._channel.send_control(_OFFER_FRAME.pack(_OFFER, tag, *lease))
         self._sends[tag] = done
-        self._say(_OFFER_FRAME.pack(_OFFER, tag, *lease))
 
-    def _say(self, frame: bytes) -> None:
-        """At once: the peer wakes up while we go on."""
-        self._channel.send_control(frame)
+    def go(self, tags: Sequence[int]) -> None:
+        """See `stager.LendingLink`. Written at once: the peer wakes up while we go on."""
+        self._check_alive()
+        self._channel.send_control(struct.pack(f"<B{len(tags)}Q", _GO, *tags))
         self._channel.flush()
 
     def _expect(self, receive: _Receive) -> None:
@@ -210,9 +215,11 @@ class RingLink:
         elif kind in (_EMPTY, _FREED) and len(frame) == _TAG_FRAME.size:
             tag = _TAG_FRAME.unpack(frame)[1]
             if kind == _EMPTY:
-                self._on_offer(tag, _NOTHING)
+                self._on_empty(tag)
             else:
                 self._on_freed(tag)
+        elif kind == _GO and len(frame) % 8 == 1:
+            self._on_go(struct.unpack_from(f"<{len(frame) // 8}Q", frame, 1))
         else:
             self._lose(LinkLost(f"{self.peer} sent a frame of kind {kind} and {len(frame)} B"))
 
@@ -224,6 +231,28 @@ class RingLink:
             self._match(tag, lease)
         else:
             self._early[tag] = lease
+
+    def _on_empty(self, tag: int) -> None:
+        """Of an offer that is taken back, only what nobody reads yet is given up."""
+        if self._early.get(tag, _NOTHING).nbytes:
+            del self._early[tag]
+            self._gone.discard(tag)
+            self._free(tag)
+        elif receive := self._matched.pop(tag, None):
+            self._held.pop(tag, None)
+            if lent := self._lent.pop(tag, None):
+                lent.is_dropped = True
+            self._free(tag)
+            receive.done(TransportError(f"{self.peer} took message {tag:#x} back"), 0)
+        elif tag not in self._reading:
+            self._on_offer(tag, _NOTHING)
+
+    def _on_go(self, tags: Sequence[int]) -> None:
+        for tag in tags:
+            if lent := self._lent.get(tag):
+                self._watch(tag, lent)
+            elif tag in self._early:
+                self._gone.add(tag)
 
     def _on_freed(self, tag: int) -> None:
         done = self._sends.pop(tag, None)
@@ -253,7 +282,14 @@ class RingLink:
         except ValueError as error:
             self._lose(LinkLost(f"{self.peer} offered {error}"))
             return
-        self._poller.when(lent, lambda _: self._on_filled(receive, lent))
+        if tag in self._gone:
+            self._gone.discard(tag)
+            self._watch(tag, lent)
+
+    def _watch(self, tag: int, lent: _Lent) -> None:
+        if not lent.is_watched:
+            lent.is_watched = True
+            self._poller.when(lent, lambda _: self._on_filled(tag, lent))
 
     def _end_at_once(self, receive: _Receive, lease: Lease) -> None:
         """Nothing is to be read, or what is offered has another length."""
@@ -263,13 +299,13 @@ class RingLink:
             self._lose(LinkLost(error))
             return
         if lease.nbytes:
-            self._say(_TAG_FRAME.pack(_FREED, receive.tag))
+            self._free(receive.tag)
         receive.done(None if lease.nbytes == receive.nbytes else TransportError(error), 0)
 
-    def _on_filled(self, receive: _Receive, lent: _Lent) -> None:
+    def _on_filled(self, tag: int, lent: _Lent) -> None:
         if not lent.is_dropped:
-            del self._lent[receive.tag]
-            self._read(receive, lent.slot)
+            del self._lent[tag]
+            self._read(self._matched[tag], lent.slot)
 
     def _read(self, receive: _Receive, slot: Slot) -> None:
         """Start our kernel, or hold the message until there is room."""
@@ -295,8 +331,12 @@ class RingLink:
             return
         self._read_bytes += receive.nbytes
         receive.done(None, digest)
-        if self._error is None:  # In the loop's next turn, together with others and with what was just said.
-            self._channel.send_control(_TAG_FRAME.pack(_FREED, receive.tag))
+        if self._error is None:
+            self._free(receive.tag)
+
+    def _free(self, tag: int) -> None:
+        """Written in the loop's next turn, together with others and with what was just said."""
+        self._channel.send_control(_TAG_FRAME.pack(_FREED, tag))
 
     # The end.
 
@@ -312,6 +352,7 @@ class RingLink:
         receives = [*self._waiting.values(), *self._matched.values()]
         for record in (self._sends, self._waiting, self._early, self._lent, self._held, self._matched):
             record.clear()
+        self._gone.clear()
         for done in sends:
             done(error)
         for receive in receives:
