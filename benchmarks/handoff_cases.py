@@ -25,7 +25,7 @@ from hocket.transport.base import KvPool
 MIB = 1 << 20
 EPOCH = 1
 ORDER_TIMEOUT_S = 60.0
-STAGING_BYTES = 256 << 20  # of a GPU pool, for each side: what a worker has
+STAGING_BYTES = 512 << 20  # of a GPU pool, for each side: what a worker has
 RUN_BLOCK_BYTES = 64 << 10  # of the blocks that lie one after the other
 _BLOCK_TOKENS = 16
 _PLANES = 64  # 32 layers, K and V apart

@@ -50,6 +50,22 @@ class _Lent:
     on_digest: OnDigest | None = None
 
 
+class _Scatter:
+    """Implements `stager.Reader`."""
+
+    def __init__(self, stager: LendingStager, extents: Extents) -> None:
+        self._stager, self._extents = stager, extents
+
+    def arm(self, slot: Slot) -> None:
+        self._ticket = self._stager.arm(self._extents, slot, is_gather=False)
+
+    def launch(self) -> Ticket:
+        return self._stager.launch(self._ticket)
+
+    def cancel(self) -> None:
+        self._stager.disarm(self._ticket)
+
+
 class Lender:
     """What `StagedMover` does on a `LendingLink`; see `mover.Mover`. On the loop, but for `gather_ahead`."""
 
@@ -81,7 +97,7 @@ class Lender:
                 self._planned.setdefault(message.key, []).append(lent)
 
     def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
-        """These layers are in memory: launch what needs no others, and wake the peer up first."""
+        """These layers are in memory: launch what needs no others, and wake the peer up."""
         with self._lock:
             due = [lent for lent in self._planned.get(key, ()) if lent.layers <= layers]
             due = [lent for lent in due if lent.slot and not lent.is_launched]
@@ -89,9 +105,9 @@ class Lender:
                 lent.is_launched = True
         for index, lent in enumerate(due):
             assert lent.ticket
-            if not index:
-                self._go(lent.lending, due)
             self._stager.launch(lent.ticket)
+            if not index:  # While the first gather runs.
+                self._go(lent.lending, due)
 
     def skip(self, message: MessageId) -> None:
         """It is given up; the link takes its offer back."""
@@ -157,7 +173,7 @@ class Lender:
 
         self._stager.prepare(extents)
         try:
-            lending.borrow(tag_of(message), nbytes, partial(self._stager.scatter, extents), received)
+            lending.borrow(tag_of(message), nbytes, _Scatter(self._stager, extents), received)
         except LinkLost as error:
             done(error)
 
@@ -178,7 +194,7 @@ class Lender:
         slot = self._rooms.take(lent.link, lent.nbytes)
         if slot is None:
             return False
-        lent.slot, lent.ticket = slot, self._stager.arm(lent.extents, slot)
+        lent.slot, lent.ticket = slot, self._stager.arm(lent.extents, slot, is_gather=True)
         try:
             lent.lending.lend(tag_of(lent.message), slot, lent.ticket, partial(self._on_freed, lent))
         except LinkLost as error:
@@ -191,11 +207,11 @@ class Lender:
         assert lent.on_digest
         with self._lock:
             is_first, lent.is_launched = not lent.is_launched and not lent.error, True
-        if not lent.has_gone and not lent.error:
-            self._go(lent.lending, [lent])
         assert lent.ticket
         if is_first:
             self._stager.launch(lent.ticket)
+        if not lent.has_gone and not lent.error:
+            self._go(lent.lending, [lent])
         if lent.error:
             lent.done(lent.error)
         self._poller.when(lent.ticket, lent.on_digest)

@@ -121,6 +121,21 @@ class RingTransport(Protocol):
 
 
 def _lent_sizes(pool: KvPool) -> MessageSizes:
+    """Several to one link's half of the ring: one is gathered while others are read and on their way back."""
+    assert isinstance(pool, DevicePool)
+    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8))
+    return MessageSizes(nbytes, nbytes, nbytes)
+
+
+@runtime_checkable
+class RingTransport(Protocol):
+    """A transport whose links lend slots."""
+
+    def bind(self, stager: LendingStager, poller: Poller) -> None:
+        """Before its `start`, which is refused without."""
+
+
+def _lent_sizes(pool: KvPool) -> MessageSizes:
     """Eight to a ring: six may be under way for one link, which is more than both sides' launches need to overlap."""
     assert isinstance(pool, DevicePool)
     nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8), LENT_BYTES_MAX)

@@ -137,17 +137,30 @@ class Ring(Protocol):
 class LendingStager(Stager, Protocol):
     """A stager whose device slots other processes can map."""
 
-    def arm(self, extents: Sequence[Extent], slot: Slot) -> Ticket:
-        """All of a `gather` but its launch. Its ticket speaks after `launch`. Raises as `gather`."""
+    def arm(self, extents: Sequence[Extent], slot: Slot, *, is_gather: bool) -> Ticket:
+        """All of a `gather` or `scatter` but its launch. Raises as they do."""
 
-    def launch(self, ticket: Ticket, *, stream: object | None = None) -> None:
-        """Of an armed gather, once."""
+    def launch(self, ticket: Ticket, *, stream: object | None = None) -> Ticket:
+        """Launch it, once, as `gather` or `scatter` do; the ticket that speaks when it is through."""
 
     def disarm(self, ticket: Ticket) -> None:
         """It will not be launched."""
 
     def ring(self) -> Ring:
         """Always the same. Raises TransportUnavailable with the reason why they cannot."""
+
+
+class Reader(Protocol):
+    """Reads one lent slot into memory of ours: `arm`, then `launch` or `cancel`."""
+
+    def arm(self, slot: Slot) -> None:
+        """It will lie there."""
+
+    def launch(self) -> Ticket | None:
+        """It is there; None: no room for it now, ask again. Raises TransportError, RuntimeError, and is over then."""
+
+    def cancel(self) -> None:
+        """It will not come."""
 
 
 @runtime_checkable
@@ -168,11 +181,11 @@ class LendingLink(Protocol):
         self,
         tag: int,
         nbytes: int,
-        scatter: Callable[[Slot], Ticket],
+        reader: Reader,
         done: Callable[[BaseException | None, int], None],
     ) -> None:
-        """Receive one: when it is there, `scatter` is called, and when that is through `done` with the digest.
+        """Receive one: when it is there it is read, and when that is through `done` is called with the digest.
 
-        `done` comes once, with an error when it was not scattered or may be incomplete; from then on nothing is written.
+        `done` comes once, with an error when it was not read or may be incomplete; from then on nothing is written.
         Raises LinkLost.
         """

@@ -244,9 +244,7 @@ class StagedMover:
     def take(self, link: Link, nbytes: int) -> Slot | None:
         """A slot, if that leaves the others who want one their share."""
         wanting = {*self._hungry, *self._held, *self._sends, link, *(self._lender.waiting if self._lender else ())}
-        parts = len(wanting)
-        # Never all: a peer that hangs keeps what it has.
-        share = self._stager.staging_bytes * 3 // 4 if parts == 1 else self._stager.staging_bytes // parts
+        share = self._stager.staging_bytes // max(2, len(wanting))  # Never all: a peer that hangs keeps what it has.
         held = self._held.get(link, 0)
         if held and held + nbytes > share:
             return None

@@ -34,7 +34,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_cores: Annotated[str, Meta(description="cores the engine computes on, like 0-3 (vllm on CPU)")] = ""
     staging_mib: Annotated[
         int, Meta(description="memory for KV on its way in MiB: of the GPU, and pinned where a link needs it", ge=32)
-    ] = 256
+    ] = 512
     verify_kv: Annotated[
         bool, Meta(description="digest KV once more from the GPU blocks it landed in, not only on its way there (vllm)")
     ] = False

@@ -43,7 +43,7 @@ class ShmTicket:
     flag: int
     sequence: int
     digest: int
-    armed: tuple[Sequence[Extent], HostBuffer] | None = None
+    armed: tuple[Sequence[Extent], HostBuffer, bool] | None = None
 
     def raise_flag(self) -> None:
         self.flags[self.flag] = self.sequence
@@ -91,6 +91,7 @@ class ShmKvPool:
         self._pages.array[staging_bytes:] = np.frombuffer(self.nonce, np.uint8)
         self.refusal = ""  # why this process cannot map others'
         self.is_slow = False
+        self.armed = 0  # and neither launched nor disarmed
         self.gathering: list[ShmTicket] = []
         self.scattering: list[ShmTicket] = []
         self.mapped: list[MappedShmRing] = []
@@ -126,36 +127,38 @@ class ShmKvPool:
         pass
 
     def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> ShmTicket:
-        ticket = self.arm(extents, slot)
-        self.launch(ticket)
-        return ticket
+        return self.launch(self.arm(extents, slot, is_gather=True))
 
-    def arm(self, extents: Sequence[Extent], slot: Slot) -> ShmTicket:
+    def arm(self, extents: Sequence[Extent], slot: Slot, *, is_gather: bool) -> ShmTicket:
         ticket = self._ticket(0)
-        ticket.armed = extents, _view(slot)
+        ticket.armed = extents, _view(slot), is_gather
+        self.armed += 1
         return ticket
 
-    def launch(self, ticket: Ticket, *, stream: object | None = None) -> None:
+    def launch(self, ticket: Ticket, *, stream: object | None = None) -> ShmTicket:
         assert isinstance(ticket, ShmTicket)
         assert ticket.armed, "launched twice"
-        (extents, view), ticket.armed = ticket.armed, None
-        self._inner.pack(extents, view)
+        (extents, view, is_gather), ticket.armed = ticket.armed, None
+        self.armed -= 1
+        if is_gather:
+            self._inner.pack(extents, view)
+        else:
+            self._inner.unpack(extents, view)
         ticket.digest = host_digest(view)
-        self.on_gathered(view)
-        self._begin(ticket, self.gathering)
+        if is_gather:
+            self.on_gathered(view)
+        self._begin(ticket, self.gathering if is_gather else self.scattering)
+        return ticket
 
     def disarm(self, ticket: Ticket) -> None:
         assert isinstance(ticket, ShmTicket)
         assert ticket.armed, "launched already"
         ticket.armed = None
+        self.armed -= 1
         ticket.raise_flag()
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> ShmTicket:
-        view = _view(slot)
-        self._inner.unpack(extents, view)
-        ticket = self._ticket(host_digest(view))
-        self._begin(ticket, self.scattering)
-        return ticket
+        return self.launch(self.arm(extents, slot, is_gather=False))
 
     def _ticket(self, digest: int) -> ShmTicket:
         sequence = next(self._sequences)

@@ -58,22 +58,18 @@ class End:
     def lend(self, tag: int) -> ShmSlot:
         slot = self.pool.reserve(NBYTES, on_device=True)
         assert isinstance(slot, ShmSlot)
-        ticket = self.pool.arm(EXTENTS, slot)
+        ticket = self.pool.arm(EXTENTS, slot, is_gather=True)
         self.link.lend(tag, slot, ticket, lambda error: self._on_done(tag, error))
         self.link.go([tag])
         self.pool.launch(ticket)
         return slot
 
     def borrow(self, tag: int, nbytes: int = NBYTES) -> None:
-        def scatter(slot: Slot) -> Ticket:
-            self.scattered.append(tag)
-            return self.pool.scatter(EXTENTS, slot)
-
         def done(error: BaseException | None, digest: int) -> None:
             self.digests[tag] = digest
             self._on_done(tag, error)
 
-        self.link.borrow(tag, nbytes, scatter, done)
+        self.link.borrow(tag, nbytes, Scatter(self, tag), done)
 
     def _on_done(self, tag: int, error: BaseException | None) -> None:
         assert tag not in self.done, "done was called twice"
@@ -81,6 +77,29 @@ class End:
 
     def blocks(self) -> list[bytes]:
         return [self.pool.arrays[extent.layer][list(extent.block_ids)].tobytes() for extent in EXTENTS]
+
+
+class Scatter:
+    """A reader that notes when it was launched."""
+
+    def __init__(self, end: End, tag: int) -> None:
+        self._end, self._tag = end, tag
+
+    def arm(self, slot: Slot) -> None:
+        self._ticket = self._end.pool.arm(EXTENTS, slot, is_gather=False)
+
+    def launch(self) -> Ticket:
+        self._end.scattered.append(self._tag)
+        return self._end.pool.launch(self._ticket)
+
+    def cancel(self) -> None:
+        self._end.pool.disarm(self._ticket)
+
+
+class Refusing(Scatter):
+    def launch(self) -> Ticket:
+        self.cancel()
+        raise TransportError("this KV pool's staging memory is closed")
 
 
 @dataclass
@@ -103,6 +122,7 @@ async def ends() -> AsyncIterator[Ends]:
         async with asyncio.timeout(5.0):
             await end.transport.aclose()
         assert all(ring.is_closed for ring in end.pool.mapped), "a ring stays mapped"
+    assert not both.far.pool.armed, "a ticket was neither launched nor disarmed"
     await listener.aclose()
 
 
@@ -222,11 +242,8 @@ async def test_a_message_of_another_length_is_not_read(ends: Ends, nbytes: int, 
 
 
 async def test_a_scatter_that_cannot_be_launched_ends_the_link(ends: Ends) -> None:
-    def refuse(_: Slot) -> Ticket:
-        raise TransportError("this KV pool's staging memory is closed")
-
     errors: list[BaseException | None] = []
-    ends.far.link.borrow(1, NBYTES, refuse, lambda error, _: errors.append(error))
+    ends.far.link.borrow(1, NBYTES, Refusing(ends.far, 1), lambda error, _: errors.append(error))
     ends.near.lend(1)
     await until(lambda: ends.far.lost and ends.near.lost)
     assert isinstance(errors[0], LinkLost)

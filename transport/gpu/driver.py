@@ -21,7 +21,7 @@ class _Handle(ctypes.Structure):
     _fields_ = [("reserved", c_char * HANDLE_BYTES)]
 
 
-class DriverError(TransportUnavailable):
+class DriverError(TransportUnavailable, RuntimeError):
     """The driver said no."""
 
 
@@ -41,9 +41,13 @@ def _driver() -> ctypes.CDLL:
         "cuMemHostUnregister": [c_void_p],
         "cuMemHostGetDevicePointer_v2": [POINTER(c_uint64), c_void_p, c_uint],
         "cuGetErrorName": [c_int, POINTER(c_char_p)],
+        "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p],
+        "cuFuncGetParamInfo": [c_void_p, c_size_t, POINTER(c_size_t), POINTER(c_size_t)],
     }
     for name, arguments in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            continue  # An older driver; who needs it asks.
         function.argtypes, function.restype = arguments, c_int
     return library
 
@@ -51,11 +55,15 @@ def _driver() -> ctypes.CDLL:
 def _call(name: str, *arguments: object) -> None:
     code = getattr(_driver(), name)(*arguments)
     if code:
-        text = c_char_p()
-        _driver().cuGetErrorName(code, byref(text))
-        error = (text.value or b"").decode() or str(code)
+        error = _name(code)
         hint = f" ({_HINTS[error]})" if error in _HINTS else ""
         raise DriverError(f"{name}: {error}{hint}")
+
+
+def _name(code: int) -> str:
+    text = c_char_p()
+    _driver().cuGetErrorName(code, byref(text))
+    return (text.value or b"").decode() or str(code)
 
 
 def export(address: int) -> tuple[bytes, int]:
@@ -97,3 +105,20 @@ def register(address: int, nbytes: int) -> int:
 def unregister(address: int) -> None:
     """Undo `register`. Raises DriverError."""
     _call("cuMemHostUnregister", address)
+
+
+def parameter_sizes(function: int) -> list[int]:
+    """Bytes of each parameter of a kernel; empty where the driver cannot say (before CUDA 12.4)."""
+    sizes: list[int] = []
+    offset, size = c_size_t(), c_size_t()
+    ask = getattr(_driver(), "cuFuncGetParamInfo", None)
+    while ask and ask(function, len(sizes), byref(offset), byref(size)) == 0:
+        sizes.append(size.value)
+    return sizes
+
+
+def launch(function: int, programs: int, threads: int, shared_bytes: int, stream: int, parameters: object) -> None:
+    """Queue a kernel; the parameters are copied before this returns. Raises DriverError."""
+    code = _driver().cuLaunchKernel(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, None)
+    if code:
+        raise DriverError(f"cuLaunchKernel: {_name(code)}")

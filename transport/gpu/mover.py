@@ -27,7 +27,7 @@ _LAYER_BYTES = 16  # address and stride
 AnySlot = StagingSlot | ForeignSlot
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """The launches of a message, and what they come to."""
 
     passes: list[Pass]
@@ -36,12 +36,12 @@ class _Plan(NamedTuple):
     list_words: int
 
 
-class _Armed(NamedTuple):
+class Armed(NamedTuple):
     """A message that is to be launched. Without passes, torch moves it."""
 
     extents: Sequence[Extent]
     slot: AnySlot
-    plan: _Plan
+    plan: Plan
     report: Report
     is_gather: bool
 
@@ -76,7 +76,7 @@ class Mover:
         self._places = torch.tensor([*places, (0, 1)], dtype=torch.int64).to(device)
         self._places_at: int = self._places.data_ptr()
         self._lists = BlockLists(blocks)
-        self._plans: dict[int, tuple[Sequence[Extent], _Plan | None]] = {}  # by id() of the extents, which are held
+        self._plans: dict[int, tuple[Sequence[Extent], Plan | None]] = {}  # by id() of the extents, which are held
 
     def move(self, extents: Sequence[Extent], slot: AnySlot, stream: object | None, *, is_gather: bool) -> GpuTicket:
         """Queue a message on the stream. Raises ValueError or IndexError for what does not fit, before anything moves."""
@@ -90,16 +90,16 @@ class Mover:
         found = kept[1] if kept is not None and kept[0] is extents else self._plan(extents)
         if found is None:
             sizes = [self._layers[extent.layer].extent_bytes(extent) for extent in extents]
-            found = _Plan([], sum(sizes), digest_programs(sum(sizes)), 0)
+            found = Plan([], sum(sizes), digest_programs(sum(sizes)), 0)
         _check_slot(slot, found.nbytes)
         ticket = slot.ticket = self.tickets.take(found.list_words)
-        ticket.armed = _Armed(extents, slot, found, self.tickets.report(ticket, found.programs), is_gather)
+        ticket.armed = Armed(extents, slot, found, self.tickets.report(ticket, found.programs), is_gather)
         return ticket
 
     def launch(self, ticket: GpuTicket, stream: object | None) -> None:
         """Of what was armed, once."""
         armed, ticket.armed = ticket.armed, None
-        assert isinstance(armed, _Armed), "launched twice"
+        assert armed, "launched twice"
         try:
             if armed.plan.passes:
                 handle = _handle(stream)
@@ -118,7 +118,7 @@ class Mover:
             self._plans.clear()
         self._plans[id(extents)] = extents, self._plan(extents)
 
-    def _plan(self, extents: Sequence[Extent]) -> _Plan | None:
+    def _plan(self, extents: Sequence[Extent]) -> Plan | None:
         """None: torch must move it."""
         lists = [self._lists.of(extent.block_ids) for extent in extents]
         passes = plan(extents, lists, self._layers)
@@ -129,9 +129,9 @@ class Mover:
             sum(item.programs for item in passes),
             sum(item.list_words for item in passes),
         )
-        return _Plan(passes, nbytes, programs, words)
+        return Plan(passes, nbytes, programs, words)
 
-    def _launch(self, armed: _Armed, queue: _Queue) -> None:
+    def _launch(self, armed: Armed, queue: _Queue) -> None:
         slot, is_gather = armed.slot.address, armed.is_gather
         nbytes = words = 0
         for item in armed.plan.passes:
@@ -166,7 +166,7 @@ class Mover:
         queue.ring.keep(item.shared, address)
         return address
 
-    def _launch_by_torch(self, armed: _Armed, stream: object | None) -> None:
+    def _launch_by_torch(self, armed: Armed, stream: object | None) -> None:
         """A message with cuts that the kernel does not take: torch moves all of it, then a kernel reads the slot."""
         with torch.cuda.stream(stream):  # None changes nothing.
             offset, view = 0, armed.slot.view

@@ -13,7 +13,7 @@ from ..stager import Slot, Ticket
 from .cuts import BlockShape
 from .digest import host_digest
 from .kernel import INTERPRETED
-from .mover import Mover
+from .mover import Armed, Mover
 from .passes import Layer
 from .ring import GpuRing
 from .slots import ForeignSlot, Staging, StagingSlot
@@ -26,7 +26,7 @@ except ImportError as error:
 
 __all__ = ["MESSAGE_BYTES_MAX", "CudaKvPool", "StagingSlot", "host_digest"]
 
-MESSAGE_BYTES_MAX = 64 << 20
+MESSAGE_BYTES_MAX = 32 << 20
 _CLOSE_S = 10.0
 
 
@@ -87,7 +87,7 @@ class CudaKvPool:
 
     @property
     def message_bytes_max(self) -> int:
-        """64 MiB, or all of the staging memory when that is less."""
+        """32 MiB, or all of the staging memory when that is less."""
         return self._message_bytes_max
 
     @property
@@ -126,24 +126,26 @@ class CudaKvPool:
 
     def gather(self, extents: Sequence[Extent], slot: Slot, *, stream: object | None = None) -> GpuTicket:
         """Copy these blocks into the slot on `stream` (a `torch.cuda.Stream`), else after the last `fence`."""
-        ticket = self.arm(extents, slot)
-        self.launch(ticket, stream=stream)
-        return ticket
+        return self.launch(self.arm(extents, slot, is_gather=True), stream=stream)
 
-    def arm(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:
-        """All of a gather but its launch."""
+    def arm(self, extents: Sequence[Extent], slot: Slot, *, is_gather: bool) -> GpuTicket:
+        """All of a gather, or of a scatter (out of another process's slot, too), but its launch."""
         self._enter()
-        return self._mover.arm(extents, _own(slot), is_gather=True)
+        source = slot if isinstance(slot, ForeignSlot) and not is_gather else _own(slot)
+        return self._mover.arm(extents, source, is_gather=is_gather)
 
     def disarm(self, ticket: Ticket) -> None:
         """It will not be launched."""
         assert isinstance(ticket, GpuTicket)
         self._mover.tickets.cancel(ticket)
 
-    def launch(self, ticket: Ticket, *, stream: object | None = None) -> None:
-        """Of an armed gather, as `gather` does it."""
+    def launch(self, ticket: Ticket, *, stream: object | None = None) -> GpuTicket:
+        """As `gather` and `scatter` do it; the ticket that speaks when it is through."""
         assert isinstance(ticket, GpuTicket)
+        assert ticket.armed, "launched twice"
         self._enter()
+        if not ticket.armed.is_gather:
+            return self._scatter(ticket, ticket.armed)
         if stream is None and self._gathers is not None:
             stream = self._gathers
             fences = self._fences
@@ -151,6 +153,7 @@ class CudaKvPool:
                 self._gathers.wait_event(self._fence)
                 self._fences_seen = fences
         self._mover.launch(ticket, stream)
+        return ticket
 
     def ring(self) -> GpuRing:
         """The device slots, as other processes of this host can map them. Raises TransportUnavailable."""
@@ -166,12 +169,13 @@ class CudaKvPool:
 
         With `verifies_blocks` the digest is that of the blocks, read back.
         """
-        self._enter()
-        source = slot if isinstance(slot, ForeignSlot) else _own(slot)
-        ticket = self._mover.move(extents, source, self._scatters, is_gather=False)
+        return self.launch(self.arm(extents, slot, is_gather=False))
+
+    def _scatter(self, ticket: GpuTicket, armed: Armed) -> GpuTicket:
+        self._mover.launch(ticket, self._scatters)
         if self._verifies_blocks:
-            target = source if isinstance(source, StagingSlot) else self._spare(source.buffer.nbytes)
-            ticket = self._mover.move(extents, target, self._scatters, is_gather=True)
+            target = armed.slot if isinstance(armed.slot, StagingSlot) else self._spare(armed.slot.buffer.nbytes)
+            ticket = self._mover.move(armed.extents, target, self._scatters, is_gather=True)
         return ticket
 
     def _spare(self, nbytes: int) -> ForeignSlot:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from ..pages import SharedPages
 from . import driver
 from .arena import Arena
 from .kernel import Report
+
+if TYPE_CHECKING:
+    from .mover import Armed
 
 try:
     import torch
@@ -41,7 +45,7 @@ class GpuTicket:
         self._flag = cell * _FLAG_WORDS
         self._sequence = sequence
         self._digest: int | None = None
-        self.armed: object | None = None  # what is to be launched
+        self.armed: Armed | None = None  # what is to be launched
         self.cell = cell
         self.table = table  # first byte of its part of the table
 

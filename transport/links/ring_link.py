@@ -23,7 +23,7 @@ from ..base import Buffer, ControlHandler, DeviceBuffer, Done, LostHandler, Plac
 from ..errors import LinkLost, TransportError
 from ..frames import FRAME_BYTES_MAX
 from ..poller import Poller
-from ..stager import Lease, MappedRing, Ring, Slot, Ticket
+from ..stager import Lease, MappedRing, Reader, Ring, Slot, Ticket
 from .tcp import TcpLink
 
 EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
@@ -38,7 +38,7 @@ _NOTHING = Lease(0, 0, 0, 0)
 class _Receive:
     tag: int
     nbytes: int
-    begin: Callable[[Slot], Ticket | None]  # None: no room now
+    reader: Reader
     done: Callable[[BaseException | None, int], None]
     is_on_stream: bool  # it may come there, too
 
@@ -49,12 +49,28 @@ class _Lent:
 
     ring: MappedRing
     lease: Lease
-    slot: Slot
     is_watched: bool = False
     is_dropped: bool = False
 
     def poll(self) -> int | None:
         return 0 if self.is_dropped or self.ring.is_filled(self.lease) else None
+
+
+class _Copy:
+    """Implements `stager.Reader`: into a place that is asked for when the message is there."""
+
+    def __init__(self, ring: Ring, place: Place) -> None:
+        self._ring, self._place = ring, place
+
+    def arm(self, slot: Slot) -> None:
+        self._slot = slot
+
+    def launch(self) -> Ticket | None:
+        buffers = self._place.take()
+        return None if buffers is None else self._ring.copy(self._slot, buffers)
+
+    def cancel(self) -> None:
+        pass
 
 
 class RingLink:
@@ -74,7 +90,7 @@ class RingLink:
         self._gone: set[int] = set()  # of those: they are being gathered
         self._matched: dict[int, _Receive] = {}  # an offer has come; nothing reads it yet
         self._lent: dict[int, _Lent] = {}  # of those: perhaps not filled yet
-        self._held: dict[int, tuple[_Receive, Slot]] = {}  # of those: there was no room
+        self._held: dict[int, _Receive] = {}  # of those: there was no room
         self._reading: dict[int, _Receive] = {}  # our own kernel reads the slot
         self._read_bytes = 0
         self._error: LinkLost | None = None
@@ -120,22 +136,19 @@ class RingLink:
     def post_receive(self, tag: int, place: Place, done: Done) -> None:
         self._check_alive()
 
-        def begin(slot: Slot) -> Ticket | None:
-            buffers = place.take()
-            return None if buffers is None else self._ring.copy(slot, buffers)
-
         def came_on_stream(error: BaseException | None) -> None:
             self._waiting.pop(tag, None)
             done(error)
 
         self._channel.post_receive(tag, place, came_on_stream)
-        self._expect(_Receive(tag, place.nbytes, begin, lambda error, _: done(error), is_on_stream=True))
+        reader = _Copy(self._ring, place)
+        self._expect(_Receive(tag, place.nbytes, reader, lambda error, _: done(error), is_on_stream=True))
 
     def retry_receives(self) -> None:
         self._channel.retry_receives()
         held, self._held = self._held, {}
-        for receive, slot in held.values():
-            self._read(receive, slot)
+        for receive in held.values():
+            self._read(receive)
 
     # Slots.
 
@@ -148,12 +161,12 @@ class RingLink:
         self,
         tag: int,
         nbytes: int,
-        scatter: Callable[[Slot], Ticket],
+        reader: Reader,
         done: Callable[[BaseException | None, int], None],
     ) -> None:
         """See `stager.LendingLink`."""
         self._check_alive()
-        self._expect(_Receive(tag, nbytes, scatter, done, is_on_stream=False))
+        self._expect(_Receive(tag, nbytes, reader, done, is_on_stream=False))
 
     def _offer(self, tag: int, lease: Lease, done: Done) -> None:
         assert tag not in self._sends, f"tag {tag} is being sent already"
@@ -242,6 +255,7 @@ class RingLink:
             self._held.pop(tag, None)
             if lent := self._lent.pop(tag, None):
                 lent.is_dropped = True
+            receive.reader.cancel()
             self._free(tag)
             receive.done(TransportError(f"{self.peer} took message {tag:#x} back"), 0)
         elif tag not in self._reading:
@@ -276,12 +290,14 @@ class RingLink:
         if lease.nbytes != receive.nbytes or not lease.nbytes:
             self._end_at_once(receive, lease)
             return
-        self._matched[tag] = receive
         try:
-            lent = self._lent[tag] = _Lent(self._mapped, lease, self._mapped.slot(lease))
-        except ValueError as error:
-            self._lose(LinkLost(f"{self.peer} offered {error}"))
+            receive.reader.arm(self._mapped.slot(lease))
+        except (ValueError, TransportError) as error:
+            self._waiting[tag] = receive
+            self._lose(LinkLost(f"cannot read what {self.peer} offered: {error}"))
             return
+        self._matched[tag] = receive
+        lent = self._lent[tag] = _Lent(self._mapped, lease)
         if tag in self._gone:
             self._gone.discard(tag)
             self._watch(tag, lent)
@@ -305,19 +321,20 @@ class RingLink:
     def _on_filled(self, tag: int, lent: _Lent) -> None:
         if not lent.is_dropped:
             del self._lent[tag]
-            self._read(self._matched[tag], lent.slot)
+            self._read(self._matched[tag])
 
-    def _read(self, receive: _Receive, slot: Slot) -> None:
+    def _read(self, receive: _Receive) -> None:
         """Start our kernel, or hold the message until there is room."""
         if self._error:
             return
         try:
-            ticket = receive.begin(slot)
+            ticket = receive.reader.launch()
         except (TransportError, RuntimeError) as error:  # A pool that is closed, a device that fails.
+            self._waiting[receive.tag] = self._matched.pop(receive.tag)
             self._lose(LinkLost(f"cannot read what {self.peer} offered: {error}"))
             return
         if ticket is None:
-            self._held[receive.tag] = receive, slot
+            self._held[receive.tag] = receive
             return
         del self._matched[receive.tag]
         self._reading[receive.tag] = receive
@@ -348,6 +365,8 @@ class RingLink:
         self._channel.drop(error)  # Ends what was posted there, also of `_waiting`.
         for lent in self._lent.values():
             lent.is_dropped = True
+        for receive in self._matched.values():
+            receive.reader.cancel()
         sends = list(self._sends.values())
         receives = [*self._waiting.values(), *self._matched.values()]
         for record in (self._sends, self._waiting, self._early, self._lent, self._held, self._matched):
