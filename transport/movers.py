@@ -127,21 +127,6 @@ def _lent_sizes(pool: KvPool) -> MessageSizes:
     return MessageSizes(nbytes, nbytes, nbytes)
 
 
-@runtime_checkable
-class RingTransport(Protocol):
-    """A transport whose links lend slots."""
-
-    def bind(self, stager: LendingStager, poller: Poller) -> None:
-        """Before its `start`, which is refused without."""
-
-
-def _lent_sizes(pool: KvPool) -> MessageSizes:
-    """Eight to a ring: six may be under way for one link, which is more than both sides' launches need to overlap."""
-    assert isinstance(pool, DevicePool)
-    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8), LENT_BYTES_MAX)
-    return MessageSizes(nbytes, nbytes, nbytes)
-
-
 def lend_slots(transports: Sequence[Transport], pool: KvPool, mover: Mover) -> None:
     """Give the transports that lend slots this pool's, if it has such."""
     if isinstance(pool, LendingStager) and isinstance(mover, StagedMover):
