@@ -149,6 +149,8 @@ class Peers:
                 link_id = await self._connect(address)
             except (TransportError, ValueError) as error:
                 failures.append(str(error))
+                if len(failures) < len(addresses):
+                    log.warning("trying the next way to a decode worker: %s", error)
                 continue
             if peer := self._peers.get(link_id):
                 await asyncio.wait({peer.greeted})

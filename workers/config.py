@@ -19,7 +19,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     engine: Annotated[Literal["vllm", "sim"], Meta(description="what runs the model")] = "vllm"
     model: Annotated[str, Meta(description="Hugging Face folder or id")] = "demo"
     served_name: Annotated[str, Meta(description="model name clients use; default: the model's last path part")] = ""
-    transports: Annotated[str, Meta(description="links to try, best first, comma separated: ucx,tcp")] = "ucx,tcp"
+    transports: Annotated[
+        str, Meta(description="links to try, best first, comma separated; ucx,tcp: on a GPU cuda_ipc before them")
+    ] = "ucx,tcp"
     bind: Annotated[str, Meta(description="address the KV link listens on")] = "127.0.0.1"
     slots: Annotated[int, Meta(description="requests at once", ge=1, le=4096)] = 8
     block_tokens: Annotated[int, Meta(description="tokens in one KV block", ge=1, le=4096)] = 32
