@@ -121,10 +121,11 @@ class RingTransport(Protocol):
 
 
 def _lent_sizes(pool: KvPool) -> MessageSizes:
-    """Several to one link's half of the ring: one is gathered while others are read and on their way back."""
+    """A quarter of a chunk: one is gathered while others are read and on their way back, and each costs 50 us of Python."""
     assert isinstance(pool, DevicePool)
-    nbytes = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8))
-    return MessageSizes(nbytes, nbytes, nbytes)
+    bytes_max = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8))
+    least = min(bytes_max, _DEVICE_SIZES.bytes_max)
+    return MessageSizes(bytes_max, least, least, chunk_parts=4)
 
 
 def lend_slots(transports: Sequence[Transport], pool: KvPool, mover: Mover) -> None:

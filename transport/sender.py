@@ -281,13 +281,14 @@ class Sender:
         tokens_max = sizes.bytes_max // wire.token_bytes_max
         step = max(wire.unit_tokens, tokens_max - tokens_max % wire.unit_tokens)
         target_bytes = sizes.bulk_bytes if len(part.ready) == self._layers else sizes.computed_bytes
-        target_bytes = min(target_bytes, sizes.bytes_max)
         for start in range(first, end, step):
             stop = min(start + step, end)
             rows = (
                 -(-(stop - start) // wire.unit_tokens) * wire.unit_tokens
             )  # A last block that is not full counts whole.
-            layers = max(1, target_bytes // (rows * wire.token_bytes_max))
+            layer_bytes = rows * wire.token_bytes_max
+            part_bytes = layer_bytes * self._layers // sizes.chunk_parts if sizes.chunk_parts else 0
+            layers = max(1, min(max(target_bytes, part_bytes), sizes.bytes_max) // layer_bytes)
             layers = min(layers, self._layers)
             try:
                 messages = [

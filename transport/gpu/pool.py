@@ -26,7 +26,7 @@ except ImportError as error:
 
 __all__ = ["MESSAGE_BYTES_MAX", "CudaKvPool", "StagingSlot", "host_digest"]
 
-MESSAGE_BYTES_MAX = 32 << 20
+MESSAGE_BYTES_MAX = 64 << 20
 _CLOSE_S = 10.0
 
 
@@ -87,7 +87,7 @@ class CudaKvPool:
 
     @property
     def message_bytes_max(self) -> int:
-        """32 MiB, or all of the staging memory when that is less."""
+        """64 MiB, or all of the staging memory when that is less."""
         return self._message_bytes_max
 
     @property
