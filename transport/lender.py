@@ -103,11 +103,11 @@ class Lender:
             due = [lent for lent in due if lent.slot and not lent.is_launched]
             for lent in due:
                 lent.is_launched = True
-        for index, lent in enumerate(due):
+        if due:  # All of one link. First of all the peer wakes up, which takes it as long as a launch takes us.
+            self._go(due[0].lending, due)
+        for lent in due:
             assert lent.ticket
             self._stager.launch(lent.ticket)
-            if not index:  # While the first gather runs.
-                self._go(lent.lending, due)
 
     def skip(self, message: MessageId) -> None:
         """It is given up; the link takes its offer back."""
@@ -208,10 +208,10 @@ class Lender:
         with self._lock:
             is_first, lent.is_launched = not lent.is_launched and not lent.error, True
         assert lent.ticket
-        if is_first:
-            self._stager.launch(lent.ticket)
         if not lent.has_gone and not lent.error:
             self._go(lent.lending, [lent])
+        if is_first:
+            self._stager.launch(lent.ticket)
         if lent.error:
             lent.done(lent.error)
         self._poller.when(lent.ticket, lent.on_digest)

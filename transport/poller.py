@@ -13,6 +13,7 @@ from .stager import Ticket
 SPIN_S = 200e-6  # after the last thing that moved; a kernel takes 15-25 us
 NAP_S = 50e-6
 DRAIN_S = 10.0
+COLD_S = 2e-3
 _PR_SET_TIMERSLACK, _SLACK_NS = 29, 1000
 
 
@@ -26,6 +27,11 @@ class Poller:
         self._moved_at = 0.0
         # The kernel else adds 50 us to each of this thread's naps; where it is refused they are longer.
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)
+
+    @property
+    def is_cold(self) -> bool:
+        """Nothing has moved for a while."""
+        return time.perf_counter() - self._moved_at > COLD_S
 
     def when(self, ticket: Ticket, then: Callable[[int], None]) -> None:
         """Call `then` with what the ticket says, now or in a later turn."""

@@ -129,6 +129,9 @@ class Ring(Protocol):
         Raises TransportUnavailable with the reason.
         """
 
+    def warm_up(self) -> Ticket:
+        """Give the device something to do: the first launch after a pause takes 100 us longer than the next one."""
+
     def copy(self, slot: Slot, buffers: Sequence[Buffer]) -> Ticket:
         """Copy a mapped slot into memory of the same length."""
 

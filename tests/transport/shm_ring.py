@@ -216,6 +216,11 @@ class ShmKvPool:
         self.mapped.append(MappedShmRing(memory, flags))
         return self.mapped[-1]
 
+    def warm_up(self) -> ShmTicket:
+        ticket = self._ticket(0)
+        self._begin(ticket, self.scattering)
+        return ticket
+
     def copy(self, slot: Slot, buffers: Sequence[Buffer]) -> ShmTicket:
         (target,) = buffers
         view = _view(slot)

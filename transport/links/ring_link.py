@@ -262,11 +262,14 @@ class RingLink:
             self._on_offer(tag, _NOTHING)
 
     def _on_go(self, tags: Sequence[int]) -> None:
+        is_cold = self._poller.is_cold
         for tag in tags:
             if lent := self._lent.get(tag):
                 self._watch(tag, lent)
             elif tag in self._early:
                 self._gone.add(tag)
+        if is_cold:  # Their gathers take as long as this.
+            self._poller.when(self._ring.warm_up(), lambda _: None)
 
     def _on_freed(self, tag: int) -> None:
         done = self._sends.pop(tag, None)

@@ -119,7 +119,10 @@ def peer_pid(connection: socket.socket) -> int:
 async def exchange_verdicts(connection: socket.socket, peer: str, refusal: str) -> None:
     """Say why not, or nothing, and hear what the other side says. Raises LinkLost when either refuses, OSError."""
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, refusal.encode()[:VERDICT_BYTES].ljust(VERDICT_BYTES, b"\0"))
+    try:
+        await loop.sock_sendall(connection, refusal.encode()[:VERDICT_BYTES].ljust(VERDICT_BYTES, b"\0"))
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # It has refused and closed already; what it said can still be read.
     if refusal:
         raise LinkLost(f"cannot read {peer}: {refusal}")
     verdict = (await receive_exactly(connection, VERDICT_BYTES)).rstrip(b"\0").decode(errors="replace")
