@@ -92,7 +92,8 @@ class Lender:
     def plan(self, link: Link, lending: LendingLink, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         for message, extents, nbytes in messages:
             lent = _Lent(link, lending, message, extents, nbytes, frozenset(extent.layer for extent in extents))
-            self._offer(lent)
+            if link not in self._waiting:  # Those that are computed already come first.
+                self._offer(lent)
             with self._lock:
                 self._planned.setdefault(message.key, []).append(lent)
 

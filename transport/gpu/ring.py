@@ -6,13 +6,14 @@ number that its owner wrote there and says: a kernel must find it, over NVLink w
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import time
 from collections.abc import Callable, Sequence
 
 from ..base import Buffer, DeviceBuffer, HostBuffer
-from ..errors import TransportUnavailable
+from ..errors import TransportError, TransportUnavailable
 from ..pages import map_pages
 from ..stager import Lease, Slot, Ticket
 from . import driver
@@ -26,6 +27,7 @@ try:
 except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
+log = logging.getLogger(__name__)
 _CHECK_S = 1.0
 _ALIGN_BYTES = 16  # of a slot, for the kernels
 # Process, GPU (its UUID; zeros: host memory), handle, where the ring begins there, its bytes, where the nonce is, the nonce.
@@ -80,6 +82,8 @@ class GpuRing:
             gpu = bytes.fromhex(str(torch.cuda.get_device_properties(self._device).uuid).replace("-", ""))
             handle, first = driver.export(staging.address)
         self.words = _WORDS.pack(os.getpid(), gpu, handle, first, staging.memory.nbytes, staging.nonce_offset, number)
+        if mover.tickets.pages is None:
+            raise TransportUnavailable("the CUDA driver does not write to memory that other processes can map")
         flags = mover.tickets.pages.fd
         self.fds = [flags] if staging.pages is None else [flags, staging.pages.fd]
 
@@ -93,8 +97,8 @@ class GpuRing:
         return Lease(buffer.nbytes, offset, ticket.flag, ticket.sequence)
 
     def map(self, words: bytes, fds: Sequence[int]) -> MappedGpuRing:
-        self._enter()
         try:
+            self._enter()
             pid, gpu, handle, first, nbytes, nonce_offset, number = _WORDS.unpack(words)
             files = [map_pages(fd) for fd in fds]
             if gpu == _HOST:
@@ -124,8 +128,11 @@ class GpuRing:
         base = driver.open_handle(handle)
 
         def unmap() -> None:
-            self._enter()
-            driver.close_handle(base)
+            try:
+                self._enter()
+                driver.close_handle(base)
+            except TransportError as error:  # The device has failed: there is nothing to unmap any more.
+                log.warning("did not unmap another process's GPU memory: %s", error)
 
         return MappedGpuRing(base + first, nbytes, flags, unmap)
 

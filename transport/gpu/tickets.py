@@ -7,6 +7,7 @@ flag's messages each has a larger sequence than the one before it.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ try:
 except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
+log = logging.getLogger(__name__)
 CELLS = 1024  # 32 KiB of device memory; more messages than any link keeps under way
 _CELL_BYTES = 32  # a memory sector each, so that atomics of two messages do not meet
 _FLAG_WORDS = 8  # a cache line each: sequence, digest
@@ -87,12 +89,13 @@ class Tickets:
     def __init__(self, device: torch.device, table_words: int) -> None:
         is_cuda = device.type == "cuda"
         self._cells = torch.zeros(CELLS * _CELL_BYTES // 8, dtype=torch.int64, device=device)
-        self.pages = SharedPages(CELLS * _FLAG_WORDS * 8)  # the flags
+        self.pages: SharedPages | None = SharedPages(CELLS * _FLAG_WORDS * 8)  # the flags, if others can map them
         self._table = torch.zeros(table_words, dtype=torch.int64, pin_memory=is_cuda)
         self.flag_words = self.pages.array.data.cast("Q")
         self._cells_at: int = self._cells.data_ptr()
-        self._is_registered = is_cuda
-        self._flags_at = driver.register(self.pages.address, self.pages.array.nbytes) if is_cuda else self.pages.address
+        self._flags_at = self.pages.address
+        if is_cuda:
+            self._register(self.pages)
         self._table_at: int = self._table.data_ptr()
         self.table: npt.NDArray[np.int64] = self._table.numpy()
         self._arena = Arena(table_words * 8, align_bytes=64)
@@ -100,6 +103,16 @@ class Tickets:
         self._running: dict[int, GpuTicket] = {}  # by cell
         self._sequences = itertools.count(1)
         self._lock = threading.Lock()
+
+    def _register(self, pages: SharedPages) -> None:
+        """Have the GPU write to these pages, or else to pinned memory that is ours alone."""
+        try:
+            self._flags_at = driver.register(pages.address, pages.array.nbytes)
+        except driver.DriverError as error:
+            log.warning("no other process can wait for this GPU's messages: %s", error)
+            flags = torch.zeros(CELLS * _FLAG_WORDS, dtype=torch.int64, pin_memory=True)
+            self.pages, self._flags_at = None, flags.data_ptr()
+            self.flag_words = memoryview(flags.numpy()).cast("B").cast("Q")  # Holds the memory.
 
     def take(self, table_words: int) -> GpuTicket:
         """A ticket with room for so many words in the table. Waits only when 1024 messages are under way.
@@ -171,6 +184,6 @@ class Tickets:
 
     def close(self) -> None:
         """No kernel raises a flag any more."""
-        if self._is_registered:
-            self._is_registered = False
+        if self.pages is not None and self._table.is_pinned():
             driver.unregister(self.pages.address)
+            self.pages = None

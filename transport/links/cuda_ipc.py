@@ -83,7 +83,7 @@ class CudaIpcTransport:
                 refusal = ""
                 try:
                     mapped = await _map(ring, words, fds)
-                except TransportUnavailable as error:
+                except TransportError as error:
                     refusal = str(error)
                 await exchange_verdicts(connection, peer, refusal)
         except BaseException as error:
