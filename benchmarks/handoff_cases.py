@@ -21,6 +21,7 @@ from hocket.transport import (
     SendOrder,
 )
 from hocket.transport.base import KvPool
+from hocket.transport.host_memory import shareable_bytes
 
 MIB = 1 << 20
 EPOCH = 1
@@ -108,13 +109,13 @@ class Memory(Protocol):
 
 
 class HostArena:
-    """Implements `Arena` with numpy."""
+    """Implements `Arena` with memory as the simulator has it."""
 
     kind = "DRAM"
     gpu = 0
 
     def __init__(self, nbytes: int) -> None:
-        self.words = np.ones(nbytes // 8, np.uint64)
+        self.words = shareable_bytes(nbytes).view(np.uint64)
         self.address = self.words.ctypes.data
         self.nbytes = nbytes
 

@@ -12,7 +12,17 @@ import logging
 from collections.abc import Callable
 
 from . import subjects
-from .base import BusDisconnected, BusError, Delivery, Handler, NoResponders, QueueUnavailable, RequestTimeout
+from .base import (
+    BusDisconnected,
+    BusError,
+    Delivery,
+    Handler,
+    NoResponders,
+    QueueUnavailable,
+    RequestTimeout,
+    Setting,
+    SettingChanged,
+)
 from .ids import WorkerId
 from .jobs import JobLimits
 from .memory_jobs import MemoryJobQueue, MemoryStore
@@ -37,6 +47,8 @@ class MemoryBroker:
         self.is_running = True
         self.store = MemoryStore(self, jobs or JobLimits())
         self.cards: dict[WorkerId, bytes] = {}
+        self.settings: dict[str, Setting] = {}
+        self.setting_revisions = itertools.count(1)
         self.handler_errors = 0
 
     @property
@@ -154,6 +166,7 @@ class MemoryBus:
         self._fatal_error = BusError("the bus is closed")
         self._jobs = MemoryJobQueue(self, broker.store)
         self._registry = MemoryRegistry(self, broker)
+        self._settings = MemorySettings(self, broker)
         self.is_dropped = False
 
     @property
@@ -165,6 +178,11 @@ class MemoryBus:
     def registry(self) -> MemoryRegistry:
         """The cards of the workers."""
         return self._registry
+
+    @property
+    def settings(self) -> MemorySettings:
+        """What operators decide."""
+        return self._settings
 
     @property
     def is_connected(self) -> bool:
@@ -324,9 +342,35 @@ class MemoryRegistry:
         return [_card(self._broker.cards[worker]) for worker in sorted(self._broker.cards)]
 
     async def _reach(self) -> None:
-        await asyncio.sleep(0)
-        if not self._bus.is_connected:
-            raise BusDisconnected("no connection to the broker")
+        await _reach(self._bus)
+
+
+class MemorySettings:
+    """One small document under each key."""
+
+    def __init__(self, bus: MemoryBus, broker: MemoryBroker) -> None:
+        self._bus = bus
+        self._broker = broker
+
+    async def get(self, key: str) -> Setting | None:
+        """The newest, or None."""
+        await _reach(self._bus)
+        return self._broker.settings.get(subjects.token(key))
+
+    async def put(self, key: str, value: bytes, *, after: int | None) -> int:
+        """Store it in place of revision `after`."""
+        await _reach(self._bus)
+        held = self._broker.settings.get(subjects.token(key))
+        if (held.revision if held else None) != after:
+            raise SettingChanged(f"the setting {key!r} was changed by somebody else")
+        self._broker.settings[key] = Setting(value, next(self._broker.setting_revisions))
+        return self._broker.settings[key].revision
+
+
+async def _reach(bus: MemoryBus) -> None:
+    await asyncio.sleep(0)
+    if not bus.is_connected:
+        raise BusDisconnected("no connection to the broker")
 
 
 def matches(pattern: str, subject: str) -> bool:

@@ -21,7 +21,6 @@ HOST_BYTES = 8 << 20  # a run of it costs less in parts whose digests overlap wi
 # A message costs both sides 0.2 ms of CPU together; after the last layer, what is left of so much takes about 1 ms.
 COMPUTED_BYTES = 4 << 20
 RUN_BYTES = 128 << 10  # shorter runs are put together: each one costs Python 2 us or more on either side
-PULLED_RUN_BYTES = 32 << 10  # likewise where the receiver reads and digests blocks where they lie: one copy less
 _CUT_SIZES = MessageSizes(CUT_BYTES, CUT_BYTES, CUT_BYTES)
 _DEVICE_SIZES = MessageSizes(16 << 20, 4 << 20, 16 << 20)  # NVLink wants 16 MiB a message; reference: docs/transport.md
 # A lent slot takes no room on the other side, so its size is the sender's affair; each one costs either side 50-100 us of Python.
@@ -47,9 +46,9 @@ class HostMover:
     def _of(self, link: Link, extents: Extents, nbytes: int) -> Mover:
         if extents[0].cut is not None:
             return self._staged
-        run_bytes = PULLED_RUN_BYTES if self._direct.digesting(link) else RUN_BYTES
-        has_room = nbytes <= self._staged_bytes_max
-        return self._staged if has_room and self._pool.is_scattered(extents, run_bytes) else self._direct
+        if nbytes > self._staged_bytes_max or self._direct.digesting(link):  # Who reads takes blocks where they lie.
+            return self._direct
+        return self._staged if self._pool.is_scattered(extents, RUN_BYTES) else self._direct
 
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         if messages[0][1][0].cut is not None:

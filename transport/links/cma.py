@@ -1,7 +1,7 @@
 """Links between two processes of one host: the receiver reads the KV straight out of the sender's memory.
 
-One copy, by the kernel (cross memory attach), where a socket needs two and a shared-memory queue two more. Control frames
-and offers go over a Unix socket (`unix.py`).
+One copy, by the kernel (cross memory attach) or, of memory that can be mapped (`mapped.py`), by ourselves, where a socket
+needs two and a shared-memory queue two more. Control frames and offers go over a Unix socket (`unix.py`).
 
 A peer is who the kernel says it is (SO_PEERCRED): of our own user, and the process whose memory holds the random number
 that it has just sent. A process id is used again some time after its process has died, but the socket's end has ended
@@ -23,6 +23,7 @@ from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportUnavailable
 from . import unix
 from .cursor import host_buffers
+from .mapped import PeerMemory
 from .pull_link import OFFER_BYTES_MAX, PullLink
 from .pulls import PullThreads
 from .tcp import TcpLink
@@ -40,7 +41,7 @@ class CmaMover:
     moves_device_memory = False
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self._memory = PeerMemory(pid)
 
     def offer(self, buffers: Sequence[Buffer]) -> bytes:
         words = ranges_of(host_buffers(buffers)).tobytes()
@@ -49,7 +50,7 @@ class CmaMover:
         return words
 
     def pull(self, words: bytes, nbytes: int, buffers: Sequence[Buffer]) -> Reader:
-        return Reader(self._pid, words, nbytes, host_buffers(buffers))
+        return Reader(self._memory, words, nbytes, host_buffers(buffers))
 
 
 class CmaTransport:
