@@ -45,7 +45,8 @@ def open_transports(schemes: str) -> list[Transport]:
 
 def schemes_for(schemes: str, pool: KvPool) -> str:
     """The default, for a pool in GPU memory, begins with CUDA IPC; whoever names others gets just those."""
-    return f"cuda_ipc,{schemes}" if schemes == DEFAULT_SCHEMES and isinstance(pool, LendingStager) else schemes
+    is_default = schemes == DEFAULT_SCHEMES and isinstance(pool, LendingStager)
+    return f"cuda_ipc,{schemes}" if is_default and "cuda_ipc" in installed_schemes() else schemes
 
 
 async def start_transports(transports: Sequence[Transport]) -> list[Transport]:
