@@ -309,7 +309,7 @@ class MemoryBus:
         """Queue a message for a later turn of the loop; False while disconnected."""
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"payload of {len(payload)} B exceeds the server's max_payload of {MAX_PAYLOAD_BYTES} B")
-        if not subject or any(letter.isspace() for letter in subject + reply):
+        if not subject or (subject + reply).split() != [subject + reply]:
             raise ValueError(f"not a subject: {subject!r} (reply {reply!r})")
         if not self.is_connected:
             return False

@@ -8,6 +8,7 @@ away while core messages flow (an election), and repeats deliveries that it had 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class LabBroker(MemoryBroker):
         if bus.held is not None:
             bus.held.append(partial(self.send, bus, effect))
             return
-        bus.out_at = max(bus.out_at, self._loop.time() + self.delay_s())
+        bus.out_at = max(math.nextafter(bus.out_at, math.inf), self._loop.time() + self.delay_s())
         self.process.call_at(bus.out_at, self._arrive, bus, bus.connection, effect)
 
     def _arrive(self, bus: LabBus, connection: int, effect: Callable[[], object]) -> None:
@@ -101,7 +102,7 @@ class LabBroker(MemoryBroker):
         elif self.faults.loss and self.rng.random() < self.faults.loss:
             self.log.add("nats", f"lost a message to {bus.process.name}")
             return
-        bus.in_at = max(bus.in_at, self._loop.time() + self.delay_s())
+        bus.in_at = max(math.nextafter(bus.in_at, math.inf), self._loop.time() + self.delay_s())
         bus.process.call_at(bus.in_at, self._enter, bus, bus.connection, call, args)
 
     def _enter(self, bus: LabBus, connection: int, call: Callable[..., object], args: tuple[object, ...]) -> None:

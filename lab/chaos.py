@@ -22,6 +22,10 @@ FAULTS_S = (2.0, 14.0)  # when they begin and, at the latest, end
 CALM_S = 8.0  # after the last fault: dead workers are noticed, new ones known
 LIVENESS_S = 15.0
 SETTLE_S = 70.0  # for jobs whose end nobody could tell: their time to live
+POLICIES = (
+    *("kv", "cost", "round_robin", "random", "least_loaded", "power_of_two"),
+    *("prefix_affinity", "session_affinity", "lmetric", "mix"),
+)
 HOW_REQUESTS_END = frozenset(
     ("answered", "left", "router_lost", "no_router", "no_worker", "overloaded", "decode_worker_lost", "tokens_lost")
 )
@@ -76,7 +80,7 @@ def draw(seed: int) -> Plan:
         routers=rng.choice((1, 2)),
         prefill=rng.choice((0, 1, 1, 2, 2, 3)),
         decode=rng.choice((1, 2, 2, 3)),
-        policy=rng.choice(("kv", "kv", "round_robin", "least_loaded")),
+        policy=rng.choice(POLICIES),
         local_prefill_tokens_max=rng.choice((0, 8, 32)),
         request_timeout_s=40.0,
         slots=rng.choice((2, 4, 8)),

@@ -11,9 +11,12 @@ from typing import Protocol
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from ..bus.messages import SamplingParams
-from ..router.generation import Failure
-from ..router.text.detokenize import TokenTable
+from ..bus.ids import RequestId
+from ..bus.messages import SamplingParams, pack_tokens
+from ..router.api.stream import Stream, TokenPath
+from ..router.generation import Failure, Generation, RouterError
+from ..router.router import Router
+from ..router.text.detokenize import TableDetokenizer, TokenTable
 from ..workers.engines.sim.kv import expected_tokens
 
 VOCABULARY = range(1000)
@@ -89,3 +92,26 @@ class Recorder:
         """The one end."""
         self._house.ended(self._request, how)
         self.ended.set()
+
+
+async def ask(
+    router: Router, path: TokenPath, request: Request, watcher: Watcher, *, request_id: RequestId, deadline_s: float
+) -> None:
+    """What `router.api` does with a request, without HTTP; returns when the client has its end."""
+    recorder = Recorder(watcher, request)
+    stream_id = path.open(Stream(TableDetokenizer(token_table()), recorder))
+
+    def release(how: str) -> None:
+        if path.close(stream_id):
+            router.cancel(stream_id)
+            recorder.finish(how)
+
+    if request.leaves_s is not None:
+        asyncio.get_running_loop().call_later(request.leaves_s, release, "left")
+    tokens = pack_tokens(request.prompt)
+    generation = Generation(request_id, MODEL, tokens, len(request.prompt), request.sampling, deadline_s)
+    try:
+        await router.start(generation, stream_id)
+    except RouterError as error:
+        release(error.code)
+    await recorder.ended.wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from ..transport.base import Buffer, ControlHandler, Done, LostHandler, Place
 from ..transport.base import Link as LinkContract
 from ..transport.errors import LinkLost, TransportError
+from ..transport.frames import FRAME_BYTES_MAX
 from ..transport.links.cursor import Cursor, host_buffers
 from .loop import Process, VirtualLoop
 
@@ -74,7 +76,7 @@ class Wire:
         """Have `land` happen at the other end, in order."""
         free_at, last_at = self._due.get(to, (0.0, 0.0))
         free_at = max(free_at, self.net.loop.time()) + nbytes / self.bytes_per_s
-        last_at = max(last_at, free_at + self.latency_s)
+        last_at = max(math.nextafter(last_at, math.inf), free_at + self.latency_s)
         self._due[to] = [free_at, last_at]
         to.process.call_at(last_at, self._land, to, land)
 
@@ -144,6 +146,7 @@ class LabLink:
         self._sends: dict[int, _Message] = {}
         self._receives: dict[int, tuple[Place, Done]] = {}
         self._arriving: dict[int, _Message] = {}
+        self._held: dict[int, None] = {}  # tags of messages whose place had no room
         self._early: list[bytes] = []  # control frames from before `start`
         self._on_control: ControlHandler | None = None
         self._on_lost: LostHandler | None = None
@@ -167,6 +170,8 @@ class LabLink:
             self.process.call_soon(on_lost, self._error)
 
     def send_control(self, payload: bytes) -> None:
+        if len(payload) > FRAME_BYTES_MAX:
+            raise ValueError(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
         self._check()
         other = self.other
         self.wire.carry(other, len(payload), lambda: other._deliver(payload))
@@ -191,7 +196,8 @@ class LabLink:
             self.process.call_soon(self._match, tag)
 
     def retry_receives(self) -> None:
-        for tag in list(self._arriving):
+        held, self._held = self._held, {}
+        for tag in held:
             self.process.call_soon(self._match, tag)
 
     async def abort(self) -> None:
@@ -249,13 +255,14 @@ class LabLink:
 
     def _match(self, tag: int) -> None:
         message, posted = self._arriving.get(tag), self._receives.get(tag)
-        if message is None or posted is None or self.other._error is not None:
+        if message is None or posted is None or tag in self._held or self.other._error is not None:
             return
         place, done = posted
         if message.target is None:
             buffers = place.take()
             if buffers is None:
-                return  # `retry_receives` says when.
+                self._held[tag] = None
+                return
             message.target = Cursor(host_buffers(buffers))
         source, target = message.source, message.target
         if source.total_bytes != target.total_bytes:
@@ -322,7 +329,9 @@ class LabTransport:
         return LabListener(self._net, self._process, on_link)
 
     async def connect(self, address: str, *, timeout_s: float) -> LabLink:
-        """Raises LinkLost. A process that is paused does not answer: only its kernel does."""
+        """Raises LinkLost, ValueError. A process that is paused does not answer: only its kernel does."""
+        if not address.startswith("lab://"):
+            raise ValueError(f"not an address of lab: {address!r}")
         faults = self._net.faults
         await asyncio.sleep(faults.latency_s)
         listener = self._net.listeners.get(address)

@@ -6,19 +6,17 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..bus.base import BusError
 from ..bus.ids import RequestId, RouterId
-from ..bus.messages import WorkerCard, pack_tokens
-from ..router.api.stream import Stream, TokenPath
+from ..bus.messages import WorkerCard
+from ..router.api.stream import TokenPath
 from ..router.config import RouterConfig
-from ..router.generation import Generation, RouterError
 from ..router.metrics import RouterMetrics
-from ..router.policies.base import load_policy
+from ..router.policies.base import Policy, load_policy
 from ..router.router import Router
-from ..router.text.detokenize import TableDetokenizer
 from ..transport.base import Expectation, Extent, KvPool, ReceiveEnd
 from ..transport.endpoint import HandoffEndpoint
 from ..transport.links.cursor import address_of
@@ -30,7 +28,7 @@ from ..workers.engines.base import EngineLoad
 from ..workers.engines.sim.engine import SimEngine
 from ..workers.worker import Clocks, Identity, run_worker
 from .bus import LabBus
-from .clients import LAYERS, MODEL, VOCABULARY, Recorder, Request, token_table
+from .clients import LAYERS, MODEL, VOCABULARY, Request, ask, token_table
 from .link import LabTransport
 from .loop import Process
 
@@ -63,6 +61,36 @@ class Shape:
     link_latency_s: float = 0.0002
     is_direct: bool = True  # links write into the blocks themselves, not into staging memory
     max_deliver: int = 4
+
+    def router_config(self, nats: str = "") -> RouterConfig:
+        """Of each router."""
+        return RouterConfig(
+            nats=nats,
+            model=MODEL,
+            served_name=MODEL,
+            policy=self.policy,
+            local_prefill_tokens_max=self.local_prefill_tokens_max,
+            request_timeout_s=self.request_timeout_s,
+        )
+
+    def worker_config(self, role: str, *, nats: str = "", transports: str = "lab") -> WorkerConfig:
+        """Of each worker of a role."""
+        return WorkerConfig(
+            role="decode" if role == "decode" else "prefill",
+            nats=nats,
+            transports=transports,
+            engine="sim",
+            model=MODEL,
+            slots=self.slots if role == "decode" else self.prefill_slots,
+            block_tokens=self.block_tokens,
+            kv_blocks=self.kv_blocks,
+            chunk_tokens=self.chunk_tokens,
+            handoff_timeout_s=self.handoff_timeout_s,
+            sim_layers=LAYERS,
+            sim_vocab=len(VOCABULARY),
+            sim_itl_ms=self.itl_ms,
+            sim_prefill_ms_per_token=self.prefill_ms_per_token,
+        )
 
 
 class _Endpoint(HandoffEndpoint):
@@ -113,20 +141,7 @@ class WorkerMember(Member):
     def __init__(self, house: House, role: str, number: int, *, clock_skew_s: float = 0.0) -> None:
         shape, rng, loop = house.shape, house.rng, house.loop
         self.role, self.number = role, number
-        self.config = WorkerConfig(
-            role="decode" if role == "decode" else "prefill",
-            engine="sim",
-            model=MODEL,
-            slots=shape.slots if role == "decode" else shape.prefill_slots,
-            block_tokens=shape.block_tokens,
-            kv_blocks=shape.kv_blocks,
-            chunk_tokens=shape.chunk_tokens,
-            handoff_timeout_s=shape.handoff_timeout_s,
-            sim_layers=LAYERS,
-            sim_vocab=len(VOCABULARY),
-            sim_itl_ms=shape.itl_ms,
-            sim_prefill_ms_per_token=shape.prefill_ms_per_token,
-        )
+        self.config = shape.worker_config(role)
         self.identity = Identity.new(self.config, rng)
         super().__init__(house, self.identity.worker_id)
         self.engine = SimEngine(
@@ -202,17 +217,11 @@ class RouterMember(Member):
         super().__init__(house, f"router-{number}-{house.rng.randbytes(4).hex()}")
         self.number = number
         shape = house.shape
-        self.config = RouterConfig(
-            model=MODEL,
-            served_name=MODEL,
-            policy=shape.policy,
-            local_prefill_tokens_max=shape.local_prefill_tokens_max,
-            request_timeout_s=shape.request_timeout_s,
-        )
+        self.config = shape.router_config()
         self.router = Router(
             self.config,
             self.bus,
-            load_policy(shape.policy),
+            _policy_class(shape.policy)(),
             router_id=RouterId(self.name),
             served_name=MODEL,
             metrics=RouterMetrics(),
@@ -249,31 +258,10 @@ class RouterMember(Member):
         self.process.start(self._answer(request), f"request {request.number}")
 
     async def _answer(self, request: Request) -> None:
-        """What `api.exchange` does, without HTTP."""
-        recorder = Recorder(self.house, request)
-        stream_id = self.path.open(Stream(TableDetokenizer(token_table()), recorder))
-
-        def release(how: str) -> None:
-            if self.path.close(stream_id):
-                self.router.cancel(stream_id)
-                recorder.finish(how)
-
-        if request.leaves_s is not None:
-            self.house.loop.call_later(request.leaves_s, release, "left")
-        generation = Generation(
-            RequestId(self.house.rng.randbytes(16).hex()),
-            MODEL,
-            pack_tokens(request.prompt),
-            len(request.prompt),
-            request.sampling,
-            self.house.loop.time() + self.config.request_timeout_s,
-        )
-        self.house.log.add(self.name, f"request {request.number} is {generation.request_id}")
-        try:
-            await self.router.start(generation, stream_id)
-        except RouterError as error:
-            release(error.code)
-        await recorder.ended.wait()
+        request_id = RequestId(self.house.rng.randbytes(16).hex())
+        self.house.log.add(self.name, f"request {request.number} is {request_id}")
+        deadline_s = self.house.loop.time() + self.config.request_timeout_s
+        await ask(self.router, self.path, request, self.house, request_id=request_id, deadline_s=deadline_s)
         self.requests.pop(request.number, None)
 
     def kill(self) -> None:
@@ -292,6 +280,12 @@ class RouterMember(Member):
         held = {member.card.worker_id: dict(member.in_flight) for member in self.router.membership.view.members()}
         found += [f"{self.name} counts {streams} on {worker}" for worker, streams in held.items() if streams]
         return found
+
+
+@cache
+def _policy_class(name: str) -> type[Policy]:
+    """Looked up once: entry points are read from hundreds of files."""
+    return type(load_policy(name))
 
 
 def _mover_of(shape: Shape) -> partial[Mover]:

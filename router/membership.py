@@ -77,7 +77,7 @@ class Membership:
         while True:
             await asyncio.sleep(TICK_S)
             now = self._clock()
-            if now - ticked_s > PAUSE_S:
+            if not self._bus.is_connected or now - ticked_s > PAUSE_S:
                 self.view.freeze(now)
             ticked_s = now
             suspects, dead = self.view.silent(now)

@@ -249,12 +249,17 @@ class Router:
         live = self._live.get(stream_id)
         if live is None or live.machine.worker is None:
             return
-        machine = live.machine
+        machine, attempt = live.machine, live.machine.attempt
         assert machine.worker is not None
         self._repair.replay(
-            machine.worker, machine.generation.request_id, stream_id, machine.attempt, next_index,
-            on_lost=lambda: self._fail(stream_id, "tokens_lost", "tokens were lost on their way and could not be repaired"),
+            machine.worker, machine.generation.request_id, stream_id, attempt, next_index,
+            on_lost=lambda: self._on_tokens_lost(stream_id, attempt),
         )  # fmt: skip
+
+    def _on_tokens_lost(self, stream_id: int, attempt: int) -> None:
+        live = self._live.get(stream_id)
+        if live is not None and live.machine.attempt == attempt:
+            self._fail(stream_id, "tokens_lost", "tokens were lost on their way and could not be repaired")
 
     def on_end(self, stream_id: int, finish: int, output_tokens: int, detail: EntryDetail | None) -> None:
         """The worker's terminal entry was accepted."""

@@ -109,3 +109,39 @@ def test_a_cancel_that_could_not_be_sent_is_sent_when_the_connection_is_back():
         await asyncio.sleep(1.0)
 
     house_run(Shape(prefill=0), story)
+
+
+def test_a_server_that_is_away_for_long_costs_no_stream():
+    async def story(house: House) -> None:
+        requests = [request(number, sampling=SamplingParams(max_tokens=400)) for number in range(4)]
+        for one in requests:
+            house.send(one)
+        await asyncio.sleep(1.0)
+        house.broker.stop()
+        await asyncio.sleep(6.0)
+        house.broker.start()
+        assert {tuple(await ended(one, 5.0)) for one in requests} == {("answered",)}
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)
+
+
+def test_tokens_are_asked_for_again_from_a_worker_that_is_back_later_than_its_router():
+    async def story(house: House) -> None:
+        one = request(sampling=SamplingParams(max_tokens=1000))
+        house.send(one)
+        await asyncio.sleep(1.0)
+        router, worker = house.routers[0], house.workers[0]
+        house.broker.faults.pending_max = 20
+        router.process.pause()  # It is cut off, and its streams are given up by the worker.
+        await asyncio.sleep(4.0)
+        house.broker.partition(worker.bus)  # When the router is back, nobody listens.
+        house.broker.forget(worker.bus)
+        router.process.resume()
+        await asyncio.sleep(1.0)
+        house.broker.heal(worker.bus)
+        worker.process.call_soon(worker.bus.on_cut)
+        assert await ended(one, 5.0) == ["tokens_lost"]
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 from shm_ring import make_shm_pool
 
+from hocket.lab.link import LabTransport, Network
+from hocket.lab.loop import Process
 from hocket.transport import (
     Chunk,
     Expectation,
@@ -40,6 +44,9 @@ HEADS = 2
 DECODE_EPOCH = 77
 
 
+_networks: WeakKeyDictionary[asyncio.AbstractEventLoop, Network] = WeakKeyDictionary()
+
+
 def make_transport(scheme: str) -> Transport:
     if scheme == "ucx":
         ucx = pytest.importorskip("hocket.transport.links.ucx")
@@ -50,6 +57,10 @@ def make_transport(scheme: str) -> Transport:
         ring = CudaIpcTransport()
         ring.bind(make_shm_pool(make_layout(), 4), Poller())
         return ring
+    if scheme == "lab":
+        loop = asyncio.get_running_loop()
+        network = _networks.setdefault(loop, Network(loop, random.Random(1)))
+        return LabTransport(network, Process(loop, "lab"))
     return {"cma": CmaTransport, "inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
 
 
