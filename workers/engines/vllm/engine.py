@@ -29,6 +29,7 @@ from ..base import (
     EngineError,
     EngineInfo,
     EngineLoad,
+    HandoffCounts,
     HandoffFailed,
     PrefillOutcome,
     PrefillTask,
@@ -66,6 +67,26 @@ class _Stats:
 
 
 @dataclass(slots=True)
+class _Handoffs:
+    """Those that ended since the start, by "landed" or the reason."""
+
+    received: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    kv_bytes_received: int = 0
+    kv_bytes_sent: int = 0
+
+    def note(self, end: SendEnded | ReceiveEnded) -> None:
+        is_sent = isinstance(end, SendEnded)
+        outcomes = self.sent if is_sent else self.received
+        outcome = end.reason or "landed"
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        if is_sent:
+            self.kv_bytes_sent += end.kv_bytes
+        else:
+            self.kv_bytes_received += end.kv_bytes
+
+
+@dataclass(slots=True)
 class _Ends:
     """What requests wait for from the side channel."""
 
@@ -97,7 +118,7 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
         self._tasks: set[asyncio.Task[object]] = set()
-        self._received: dict[str, int] = {}
+        self._handoffs = _Handoffs()
 
     # Start and stop.
 
@@ -246,9 +267,10 @@ class VllmEngine:
             case TaskEnded():
                 resolve(self._ends.tasks.pop(note.task, None), None)
             case SendEnded():
+                self._handoffs.note(note)
                 resolve(self._ends.sends.pop(note.key, None), note)
             case ReceiveEnded():
-                self._received[note.reason or "landed"] = self._received.get(note.reason or "landed", 0) + 1
+                self._handoffs.note(note)
                 resolve(self._ends.receives.pop(note.token, None), note)
             case ProbeEnded():
                 self._probes.on_ended(note)
@@ -318,7 +340,12 @@ class VllmEngine:
     @property
     def received(self) -> dict[str, int]:
         """Hand-offs that ended here since the start, by "landed" or the reason."""
-        return dict(self._received)
+        return dict(self._handoffs.received)
+
+    def handoff_counts(self) -> HandoffCounts:
+        """For the metrics; what the links move bytes with is known in vLLM's process alone."""
+        ended = self._handoffs
+        return HandoffCounts(ended.received, ended.sent, ended.kv_bytes_received, ended.kv_bytes_sent, ())
 
     # Requests.
 
