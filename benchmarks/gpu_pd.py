@@ -57,9 +57,7 @@ class Bench:
         self._texts: dict[tuple[int, int], str] = {}
         self._seed = 1_000_000
         self.rows: list[Row] = []
-        self.title = (
-            f"{model.name}; {self._gpus.name}; {machine()}; {versions(*PACKAGES)}; {' '.join(sys.argv[1:])}"
-        )
+        self.title = f"{model.name}; {self._gpus.name}; {machine()}; {versions(*PACKAGES)}; {' '.join(sys.argv[1:])}"
         self.say(self.title)
 
     def say(self, text: str) -> None:
@@ -73,6 +71,8 @@ class Bench:
 
     async def measure(self, system: System) -> None:
         """Everything that this system is asked."""
+        if system.name == "pd":
+            self.say(await asyncio.to_thread(system.doctor))
         target = Target(system.ports, system.model, lambda seed, tokens: prompt(seed, tokens, self._size))
         await self._alone(system, target)
         budgets = self._options.budgets if system.name != "pd" else [0]
@@ -81,9 +81,7 @@ class Bench:
                 if budget:
                     system.set_budget(budget)
                 for concurrency, rate in self._points():
-                    load = Load(
-                        isl, osl, concurrency, rate, self._seed, self._options.warm_s, self._options.window_s
-                    )
+                    load = Load(isl, osl, concurrency, rate, self._seed, self._options.warm_s, self._options.window_s)
                     self._seed += 100_000
                     await self._point(system, target, load, budget)
         system.wait_idle()
@@ -245,8 +243,18 @@ def parse() -> argparse.Namespace:
     add("--gpus", default="", help="default: all; one is shared by prefill and decode")
     add("--prefill", type=int, help="how many of them prefill (default: half)")
     add("--loads", default="3000/150,500/500,8000/1000", help="ISL/OSL, in tokens")
-    add("--concurrency", type=_ints, default=[2, 4, 8, 16, 32, 64], help="requests in flight over all GPUs, a point each")
-    add("--rates", type=lambda text: [float(item) for item in text.split(",") if item], default=[], help="Poisson, requests/s")
+    add(
+        "--concurrency",
+        type=_ints,
+        default=[2, 4, 8, 16, 32, 64],
+        help="requests in flight over all GPUs, a point each",
+    )
+    add(
+        "--rates",
+        type=lambda text: [float(item) for item in text.split(",") if item],
+        default=[],
+        help="Poisson, requests/s",
+    )
     add("--budgets", type=_ints, default=[8192, 2048, 512], help="tokens of a step of the aggregated engines")
     add("--prefill-chunk", type=int, default=8192, help="tokens of a step of prefill engines")
     add("--check", type=_ints, default=[64, 1000, 3000], help="ISL of the prompts that are answered alone")
@@ -259,7 +267,12 @@ def parse() -> argparse.Namespace:
     add("--slots", type=int, default=128, help="requests at once of an engine that decodes")
     add("--prefill-slots", type=int, default=4)
     add("--max-model-len", type=int, default=16384)
-    add("--graph-sizes", type=_ints, default=[1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128], help="CUDA graphs; empty: vLLM's own")
+    add(
+        "--graph-sizes",
+        type=_ints,
+        default=[1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128],
+        help="CUDA graphs; empty: vLLM's own",
+    )
     add("--transports", default="ucx,tcp")
     add("--staging-mib", type=int, default=512)
     add("--verify-kv", action="store_true", help="digest the KV in the blocks where it landed, too")

@@ -2,7 +2,7 @@
 
 - `pd`: `hocket serve` with prefill and decode workers, each on its GPU.
 - `aggregated`: `hocket serve` with a decode worker on each GPU, which compute their prompts themselves, behind `round_robin`.
-- `vllm`: `vllm serve` on each GPU; the client takes them in turn.
+- `vllm`: vLLM's own server on each GPU; the client takes them in turn.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class System:
     gpus: int
     budget_file: Path
     trace: Path
+    bus_url_file: Path | None = None
     _cpu: dict[str, float] = field(default_factory=dict)
 
     def set_budget(self, tokens: int) -> None:
@@ -77,6 +78,13 @@ class System:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+
+    def doctor(self) -> str:
+        """What `hocket doctor` says of the pool's links."""
+        assert self.bus_url_file
+        command = [*_HOCKET, "doctor", "--pool", self.name, "--nats", self.bus_url_file.read_text()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
 
     def handoffs(self) -> Row:
         """KV bytes and hand-offs so far, and what the engines still hold."""
@@ -237,8 +245,9 @@ def hocket_system(
         for (role, _), port in zip(roles, ports[1:], strict=True):
             metrics[f"{role}-{counts[role]}"] = port
             counts[role] += 1
-        gpus = len({gpu for _, places in roles for gpu in places.split(",")})
-        yield System(name, (ports[0],), metrics, _pids(serve.pid), options.model.name, gpus, budget, trace)
+        gpus = len({gpu for _, places in roles for gpu in places.split(",")} - {""}) or len(roles)
+        pids, url = _pids(serve.pid), folder / "nats-url"
+        yield System(name, (ports[0],), metrics, pids, options.model.name, gpus, budget, trace, url)
 
 
 _HOCKET = (sys.executable, "-m", "hocket.cluster.cli")
@@ -277,7 +286,7 @@ def _pids(parent: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def vllm_system(folder: Path, options: EngineOptions, gpus: Sequence[str], start_s: float) -> Iterator[System]:
-    """`vllm serve` on each GPU. Raises RuntimeError when one does not get ready."""
+    """vLLM's own server on each GPU. Raises RuntimeError when one does not get ready."""
     folder.mkdir(parents=True)
     ports = _free_ports(len(gpus))
     environment, budget, trace = _environment(folder)
@@ -290,7 +299,7 @@ def vllm_system(folder: Path, options: EngineOptions, gpus: Sequence[str], start
     with Children(folder) as children:
         for index, (port, gpu) in enumerate(zip(ports, gpus, strict=True)):
             command = [
-                sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(options.model), "--host", "127.0.0.1",
+                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model), "--host", "127.0.0.1",
                 "--port", str(port), *flags,
             ]  # fmt: skip
             own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}

@@ -91,9 +91,7 @@ def draw(points: Sequence[Row], file: Path, title: str) -> bool:
                 curve = [row for row in of_load if (row["system"], row["budget"]) == (system, budget) and row[key]]
                 curve.sort(key=lambda row: float(row["tokens_per_s_gpu"] or 0))
                 name = f"{system} {budget}" if budget else str(system)
-                axis.plot(
-                    [row[key] for row in curve], [row["tokens_per_s_gpu"] for row in curve], "o-", label=name
-                )
+                axis.plot([row[key] for row in curve], [row["tokens_per_s_gpu"] for row in curve], "o-", label=name)
             axis.set(xlabel=label, ylabel="tokens/s per GPU", title=f"ISL/OSL {load}")
             axis.set_ylim(bottom=0)
             axis.grid(visible=True, alpha=0.3)

@@ -475,7 +475,6 @@ class VllmEngine:
         self, request_id: str, number: int, prompt: tuple[list[int], Unchecked], on_output: Callable[[Unchecked], None]
     ) -> None:
         """Run one request to its end; however it ends, its blocks are free then, or will be in this step."""
-        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         token_ids, params = prompt
@@ -487,7 +486,7 @@ class VllmEngine:
                 async for output in outputs:
                     on_output(output)
             is_over = True
-        except (VLLMClientError, ValueError) as error:  # ValueError: 0.26.
+        except versions.client_errors() as error:
             self._ends.tasks.pop(number, None)
             raise BadTask(str(error)) from error
         except EngineDeadError as error:
