@@ -98,6 +98,7 @@ class Bench:
             sent += [Sent(plan, a.sent_s, a.token_s[0], a.token_s[-1]) for a in answers[1:]]
             texts = {(isl, seed): answer.text for seed, answer in enumerate(answers)}
             same = sum(self._texts.setdefault(key, text) == text for key, text in texts.items())
+            leads = [_lead(self._texts[key], text) for key, text in texts.items()]
             timed = answers[1:]
             self.keep(
                 {
@@ -108,6 +109,7 @@ class Bench:
                     "ttft_p50_ms": statistics.median(answer.ttft_s for answer in timed) * 1e3,
                     "itl_p50_ms": statistics.median(gap for answer in timed for gap in answer.gaps_s[1:]) * 1e3,
                     "equal": f"{same} of {len(texts)}",
+                    "equal_tokens_min": min(leads),
                     "distinct_tokens": len({word for answer in answers for word in answer.text.split()}),
                 }
             )
@@ -153,6 +155,12 @@ class Bench:
         }
         self.keep(row)
         await asyncio.to_thread(system.wait_idle)
+
+
+def _lead(text: str, other: str) -> int:
+    """Leading words that are the same."""
+    pairs = zip(text.split(), other.split(), strict=False)
+    return next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), len(text.split()))
 
 
 def _kv_bytes(before: Row, after: Row) -> float:

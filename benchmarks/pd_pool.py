@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -115,11 +116,14 @@ def _metric_lines(port: int, name: str) -> list[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Below the kernel's own choice (32768 up): what is free now must still be free when the engines are up."""
+    source, found = random.Random(os.getpid()), []
+    while len(found) < count:
+        port = source.randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 def _engine_args(options: EngineOptions) -> dict[str, object]:
@@ -212,15 +216,21 @@ class Children:
             process.wait(STOP_S)
 
 
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.HTTPError):
+        return False
+
+
 def _wait_ready(children: Children, ports: Sequence[int], path: str, timeout_s: float) -> None:
     end_s = time.monotonic() + timeout_s
     for port in ports:
         while True:
             children.check()
-            with contextlib.suppress(OSError, urllib.error.HTTPError):
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-                    if answer.status == 200:
-                        break
+            if _answers(f"http://127.0.0.1:{port}{path}"):
+                break
             if time.monotonic() > end_s:
                 raise RuntimeError(f"nobody is ready on port {port} after {timeout_s:.0f} s")
             time.sleep(0.25)
