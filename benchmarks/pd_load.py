@@ -18,6 +18,10 @@ from dataclasses import dataclass, field
 from measure import Row, percentile
 
 TIMEOUT_S = 180.0
+_HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
+    "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+)
 
 
 class RequestError(Exception):
@@ -62,7 +66,7 @@ async def ask(port: int, body: bytes, answer: Answer) -> Answer:
     async with asyncio.timeout(TIMEOUT_S):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
         try:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = _HEAD.format(len(body))
             answer.sent_s = time.monotonic()
             writer.write(head.encode() + body)
             await _read_head(reader, answer)

@@ -78,7 +78,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def make_model(folder: Path, shape: str, *, random_weights: bool) -> Path:
-    """The folder `folder/shape`: config, tokenizer, and with `random_weights` weights (torch writes them, on a GPU if there is one)."""
+    """The folder `folder/shape`: config, tokenizer, and with `random_weights` weights, which torch makes."""
     model = folder / shape
     model.mkdir(parents=True)
     config = SHAPES[shape]

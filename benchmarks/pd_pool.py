@@ -27,6 +27,7 @@ from measure import Row, cpu_s
 HERE = Path(__file__).parent
 STOP_S = 25.0
 IDLE_S = 60.0
+FREE_S = 6.0  # blocks that a cancelled hand-off still holds come back within that
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class EngineOptions:
     staging_mib: int
     verify_kv: bool
     is_cpu: bool
+    dtype: str
     engine_args: Mapping[str, object]
 
 
@@ -99,7 +101,7 @@ class System:
         return row
 
     def wait_idle(self) -> None:
-        """Until no engine runs a request. Raises TimeoutError."""
+        """Until no engine runs a request, and a little longer for its blocks. Raises TimeoutError."""
         name = "num_requests_running" if self.metrics_ports else "vllm:num_requests_running"
         waiting = name.replace("running", "waiting")
         ports = tuple(self.metrics_ports.values()) or self.ports
@@ -108,6 +110,9 @@ class System:
             if time.monotonic() > end_s:
                 raise TimeoutError(f"{self.name} still runs requests after {IDLE_S:.0f} s: {self.handoffs()}")
             time.sleep(0.2)
+        end_s = time.monotonic() + FREE_S
+        while any(self.metric(port, "kv_cache_usage_perc") for port in ports) and time.monotonic() < end_s:
+            time.sleep(0.1)  # What is left then is in the row `end`.
 
 
 def _metric_lines(port: int, name: str) -> list[str]:
@@ -154,6 +159,7 @@ def _serve_file(options: EngineOptions, roles: Sequence[tuple[str, str]], ports:
         "chunk_tokens": options.chunk_tokens,
         "staging_mib": options.staging_mib,
         "verify_kv": options.verify_kv,
+        "dtype": options.dtype,
         "engine_args": {"skip_tokenizer_init": True, **_engine_args(options)},
     }
     cluster = {
@@ -303,7 +309,7 @@ def vllm_system(folder: Path, options: EngineOptions, gpus: Sequence[str], start
     arguments = {
         "served_model_name": options.model.name, "block_size": options.block_tokens, "max_num_seqs": options.slots,
         "max_model_len": options.max_model_len, "kv_cache_memory_bytes": int(options.kv_gib * (1 << 30)),
-        **_engine_args(options),
+        "dtype": "float32" if options.is_cpu else options.dtype, **_engine_args(options),
     }  # fmt: skip
     flags = [part for key, value in arguments.items() for part in _flag(key, value)]
     with Children(folder) as children:
