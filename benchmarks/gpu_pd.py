@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import statistics
 import sys
@@ -43,6 +44,10 @@ ALONE_COLUMNS = {
 Ints = list[int]
 
 
+def _words(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
 def _ints(text: str) -> Ints:
     return [int(item) for item in text.split(",") if item]
 
@@ -57,7 +62,8 @@ class Bench:
         self._end_s = time.monotonic() + options.time_s
         self._texts: dict[tuple[int, int], str] = {}
         self._seed = 1_000_000
-        self.rows: list[Row] = []
+        self.rows: list[Row] = [row for file in options.add for row in json.loads(file.read_text())]
+        self.rows = [row for row in self.rows if row["kind"] != "equal"]
         self.title = f"{model.name}; {self._gpus.name}; {machine()}; {versions(*PACKAGES)}; {' '.join(sys.argv[1:])}"
         self.say(self.title)
 
@@ -254,7 +260,12 @@ def parse() -> argparse.Namespace:
     add("--shape", choices=sorted(SHAPES), default="llama-8b", help="sizes of the model")
     add("--model", type=Path, help="a model's folder instead; it needs a tokenizer.json")
     add("--random-weights", action="store_true", help="weights whose answers depend on KV (torch makes them)")
-    add("--systems", default="pd,aggregated", type=lambda text: text.split(","), help="pd, aggregated, vllm")
+    add(
+        "--systems",
+        default="pd,aggregated",
+        type=_words,
+        help="pd, aggregated, vllm; empty: only report what --add has",
+    )
     add("--together", action="store_true", help="start all systems at once: each GPU holds one engine of each")
     add("--gpus", default="", help="default: all; one is shared by prefill and decode")
     add("--prefill", type=int, help="how many of them prefill (default: half)")
@@ -297,6 +308,14 @@ def parse() -> argparse.Namespace:
     add("--cpu", action="store_true", help="vLLM's CPU build, one engine a core")
     add("--quick", action="store_true", help="one small load, short windows")
     add("--json", type=Path)
+    add(
+        "--add",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="JSON of earlier runs that the tables include, too",
+    )
     add("--png", type=Path, help="the curves")
     add("--folder", type=Path, help="keep configs and logs here")
     options = parser.parse_args()
@@ -304,7 +323,7 @@ def parse() -> argparse.Namespace:
         options.loads, options.concurrency, options.budgets = "200/20", [1, 4], options.budgets[:1]
         options.check, options.warm_s, options.window_s = [64, 300], 3.0, 8.0
     options.loads = [tuple(map(int, load.split("/"))) for load in options.loads.split(",") if load]
-    options.gpus = options.gpus.split(",") if options.gpus else _all_gpus(options.cpu)
+    options.gpus = _words(options.gpus) or _all_gpus(options.cpu or not options.systems)
     options.prefill = options.prefill or max(1, len(options.gpus) // 2)
     return options
 

@@ -122,9 +122,9 @@ def _metric_lines(port: int, name: str) -> list[str]:
 
 def _free_ports(count: int) -> list[int]:
     """Below the kernel's own choice (32768 up): what is free now must still be free when the engines are up."""
-    source, found = random.Random(os.getpid()), []
+    found: list[int] = []
     while len(found) < count:
-        port = source.randrange(15000, 32000)
+        port = random.randrange(15000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             found.append(port)

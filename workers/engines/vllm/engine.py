@@ -345,7 +345,7 @@ class VllmEngine:
     def handoff_counts(self) -> HandoffCounts:
         """For the metrics; what the links move bytes with is known in vLLM's process alone."""
         ended = self._handoffs
-        return HandoffCounts(ended.received, ended.sent, ended.kv_bytes_received, ended.kv_bytes_sent, ())
+        return HandoffCounts(dict(ended.received), dict(ended.sent), ended.kv_bytes_received, ended.kv_bytes_sent, ())
 
     # Requests.
 
