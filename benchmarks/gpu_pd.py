@@ -318,7 +318,11 @@ def parse() -> argparse.Namespace:
     )
     add("--png", type=Path, help="the curves")
     add("--folder", type=Path, help="keep configs and logs here")
-    options = parser.parse_args()
+    return _complete(parser.parse_args())
+
+
+def _complete(options: argparse.Namespace) -> argparse.Namespace:
+    """What follows from the other options."""
     if options.quick:
         options.loads, options.concurrency, options.budgets = "200/20", [1, 4], options.budgets[:1]
         options.check, options.warm_s, options.window_s = [64, 300], 3.0, 8.0

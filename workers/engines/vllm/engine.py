@@ -37,6 +37,7 @@ from ..base import (
 )
 from . import reaper, versions
 from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set
+from .handoff_counts import EndedHandoffs
 from .kv_events import Subscription
 from .kv_groups import KvGroups
 from .link_probes import ProbeQuestions
@@ -64,26 +65,6 @@ class _Stats:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
-
-
-@dataclass(slots=True)
-class _Handoffs:
-    """Those that ended since the start, by "landed" or the reason."""
-
-    received: dict[str, int] = field(default_factory=dict)
-    sent: dict[str, int] = field(default_factory=dict)
-    kv_bytes_received: int = 0
-    kv_bytes_sent: int = 0
-
-    def note(self, end: SendEnded | ReceiveEnded) -> None:
-        is_sent = isinstance(end, SendEnded)
-        outcomes = self.sent if is_sent else self.received
-        outcome = end.reason or "landed"
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-        if is_sent:
-            self.kv_bytes_sent += end.kv_bytes
-        else:
-            self.kv_bytes_received += end.kv_bytes
 
 
 @dataclass(slots=True)
@@ -118,7 +99,7 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
         self._tasks: set[asyncio.Task[object]] = set()
-        self._handoffs = _Handoffs()
+        self._handoffs = EndedHandoffs()
 
     # Start and stop.
 
@@ -337,15 +318,9 @@ class VllmEngine:
         assert self._layout is not None, "start first"
         return self._layout
 
-    @property
-    def received(self) -> dict[str, int]:
-        """Hand-offs that ended here since the start, by "landed" or the reason."""
-        return dict(self._handoffs.received)
-
     def handoff_counts(self) -> HandoffCounts:
         """For the metrics; what the links move bytes with is known in vLLM's process alone."""
-        ended = self._handoffs
-        return HandoffCounts(dict(ended.received), dict(ended.sent), ended.kv_bytes_received, ended.kv_bytes_sent, ())
+        return self._handoffs.counts()
 
     # Requests.
 
