@@ -19,6 +19,9 @@ from .base import (
     QueueUnavailable,
     Registry,
     RequestTimeout,
+    Setting,
+    SettingChanged,
+    Settings,
     Subscription,
 )
 from .block_hash import block_hashes, block_hashes_of, chain_seed
@@ -53,6 +56,9 @@ __all__ = [
     "RequestId",
     "RequestTimeout",
     "RouterId",
+    "Setting",
+    "SettingChanged",
+    "Settings",
     "Subscription",
     "TokenOutbox",
     "WorkerId",

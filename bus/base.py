@@ -1,7 +1,7 @@
 """What a bus is: the contract that `nats_bus` and `memory_bus` both keep (tests/bus/test_contract.py).
 
 Core messages are fast and may be lost (their users detect and repair it); jobs in the work queue are durable and
-delivered at least once until acked; the registry keeps the last card of each worker.
+delivered at least once until acked; the registry keeps the last card of each worker, the settings what operators decide.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class QueueFull(BusError):
 
 class QueueUnavailable(BusError):
     """The work queue did not confirm the job; it may or may not be stored (publishing again with the same id is safe)."""
+
+
+class SettingChanged(BusError):
+    """The stored document is not the one that was to be replaced; nothing was stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,27 @@ class Registry(Protocol):
     async def list(self) -> list[WorkerCard]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One stored document. `revision` grows with every change, not always by one."""
+
+    value: bytes
+    revision: int
+
+
+class Settings(Protocol):
+    """Small documents that outlive every process, one under each key; nobody is told of a change by the store itself."""
+
+    async def get(self, key: str) -> Setting | None:
+        """The newest, or None."""
+
+    async def put(self, key: str, value: bytes, *, after: int | None) -> int:
+        """Store it in place of revision `after` (None: of nothing) and return its own revision.
+
+        Raises SettingChanged when somebody else was faster, QueueUnavailable when it may or may not be stored.
+        """
+
+
 class Bus(Protocol):
     """One process's connection to everybody else."""
 
@@ -138,6 +163,9 @@ class Bus(Protocol):
 
     @property
     def registry(self) -> Registry: ...
+
+    @property
+    def settings(self) -> Settings: ...
 
     @property
     def is_connected(self) -> bool: ...

@@ -24,6 +24,7 @@ STREAM_EXISTS_DIFFERENTLY = 10058
 MESSAGE_NOT_FOUND = 10037
 MESSAGE_DELETE_FAILED = 10057  # what MSG.DELETE answers for a sequence that is not there
 STORE_FULL = 10077
+WRONG_LAST_SEQUENCE = (10071, 10164)  # the second while a replicated stream still applies the first
 CONSUMER_EXISTS = 10148  # with another configuration
 
 

@@ -17,6 +17,7 @@ from .client import BusClient, ConnectionLost, describe, mask_url
 from .jetstream import status_of
 from .jobs import JobLimits, NatsJobQueue
 from .registry import NatsRegistry
+from .settings import NatsSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class NatsBus:
         self._is_closing = False
         self._jobs = NatsJobQueue(self, jobs)
         self._registry = NatsRegistry(self)
+        self._settings = NatsSettings(self)
 
     @property
     def jobs(self) -> NatsJobQueue:
@@ -71,6 +73,11 @@ class NatsBus:
     def registry(self) -> NatsRegistry:
         """The cards of the workers."""
         return self._registry
+
+    @property
+    def settings(self) -> NatsSettings:
+        """What operators decide."""
+        return self._settings
 
     @property
     def is_connected(self) -> bool:

@@ -10,6 +10,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 ROOT = "hk"
 PREFILL_STREAM = "HK_PREFILL"
 REGISTRY_BUCKET = "hk_workers"
+SETTINGS_BUCKET = "hk_config"
 
 
 def token(text: str) -> str:
@@ -47,6 +48,11 @@ def prefill_direct(pool: str, worker: WorkerId) -> str:
 def cancel(pool: str) -> str:
     """Cancel, to every worker of the pool."""
     return f"{ROOT}.{token(pool)}.cancel"
+
+
+def routers(pool: str) -> str:
+    """What is asked of every router of the pool: policies, receipts (router/control_messages.py)."""
+    return f"{ROOT}.{token(pool)}.routers"
 
 
 def load(pool: str, worker: WorkerId) -> str:

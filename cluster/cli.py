@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from ..lab.cli import add_commands as add_lab_commands
 from ..router.config import RouterConfig
 from ..workers.config import WorkerConfig
 from . import config as cluster
@@ -96,6 +97,13 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--json", metavar="FILE", default="", help="write it as JSON, too (default: none)")
     doctor.set_defaults(run=_doctor)
 
+    _add_policy_commands(commands)
+    explain = _command(commands, "explain", "print why a request went where it went")
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="the x-request-id of its answer")
+    add_flags(explain, "pool", cluster.POOL)
+    explain.add_argument("--json", action="store_true", help="print it as JSON (default: no)")
+    explain.set_defaults(run=_explain)
+
     model = commands.add_parser("model", help="find or fetch models", description="Find or fetch models.")
     actions = model.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     fetch = "fetch and convert the demo model unless it is there, and print its folder"
@@ -103,7 +111,39 @@ def build_parser() -> argparse.ArgumentParser:
     path = actions.add_parser("path", help="print the folder of a model", description="Print the folder of a model.")
     path.add_argument("name", metavar="NAME", help="a folder, a Hugging Face id (fetched unless cached), or demo")
     path.set_defaults(run=_model)
+    add_lab_commands(commands)
     return parser
+
+
+def _add_policy_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    summary = "show or change which policies decide, in every router at once"
+    policy = commands.add_parser("policy", help=summary, description=f"{summary.capitalize()}.")
+    actions = policy.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    name = "an installed policy, module:Class or path/to/file.py:Class, with options: kv?temperature=0.5"
+
+    show = _command(actions, "show", "print which policies decide, what they cost and how their requests fared")
+    show.add_argument("--json", action="store_true", help="print it as JSON (default: no)")
+    primary = _command(actions, "set", "let a policy decide for every request; a canary ends, shadows stay")
+    primary.add_argument("policy", metavar="POLICY", help=name)
+    for flag, unit, kind, what in (
+        ("--pick-budget-ms", "MS", float, "time a pick may take"),
+        ("--failures-max", "N", int, "so many failures in a window, raised or over the budget, replace the policy"),
+        ("--window-s", "SECONDS", float, "length of a window"),
+    ):
+        primary.add_argument(flag, metavar=unit, type=kind, default=None, help=f"{what} (default: as before)")
+    canary = _command(actions, "canary", "let a policy decide for a share of the sessions")
+    canary.add_argument("policy", metavar="POLICY", nargs="?", default="", help=name)
+    canary.add_argument(
+        "--share", metavar="SHARE", type=float, default=0.1, help="share above 0, at most 1 (default: 0.1)"
+    )
+    canary.add_argument("--off", action="store_true", help="end it (default: no)")
+    shadow = _command(actions, "shadow", "ask policies about every request and never obey them")
+    shadow.add_argument("policies", metavar="POLICY", nargs="*", help=f"{name}; exactly these are asked from now on")
+    shadow.add_argument("--off", action="store_true", help="ask none (default: no)")
+    back = _command(actions, "rollback", "go back to the last good policies before the current ones")
+    for action in (show, primary, canary, shadow, back):
+        add_flags(action, "pool", cluster.POOL)
+        action.set_defaults(run=_policy)
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str) -> _Parser:
@@ -175,6 +215,54 @@ def _doctor(options: argparse.Namespace) -> int:
     try:
         return doctor(nats=config.nats, pool=config.pool, is_local=options.local, json_file=options.json)
     except DoctorError as error:
+        return _refuse(error, 1)
+
+
+def _pool(options: argparse.Namespace) -> cluster.PoolConfig:
+    from .logs import set_up_logging  # As for what these commands import: --help must be fast.
+
+    config = msgspec.convert(_given(options, cluster.POOL), cluster.PoolConfig)
+    cluster.check_names(pool=config.pool)
+    set_up_logging("error")
+    return config
+
+
+def _policy(options: argparse.Namespace) -> int:
+    config = _pool(options)
+    if options.action in ("canary", "shadow"):
+        given = options.policy if options.action == "canary" else options.policies
+        if bool(given) == options.off:
+            raise SettingsError(f"policy {options.action}: give a POLICY or --off")
+    import asyncio
+
+    from . import policy
+    from .operate import OperateError, change_policies, show_policies
+
+    edit: policy.Edit | None = None  # Back.
+    if options.action == "set":
+        limits = {name: getattr(options, name) for name in ("pick_budget_ms", "failures_max", "window_s")}
+        edit = policy.set_primary(options.policy, {name: value for name, value in limits.items() if value is not None})
+    elif options.action == "canary":
+        edit = policy.set_canary(options.policy, options.share)
+    elif options.action == "shadow":
+        edit = policy.set_shadows(options.policies)
+    try:
+        if options.action == "show":
+            return asyncio.run(show_policies(config, as_json=options.json))
+        return asyncio.run(change_policies(config, edit))
+    except OperateError as error:
+        return _refuse(error, 1)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    config = _pool(options)
+    import asyncio
+
+    from .operate import OperateError, explain
+
+    try:
+        return asyncio.run(explain(config, options.request_id, as_json=options.json))
+    except OperateError as error:
         return _refuse(error, 1)
 
 

@@ -68,12 +68,26 @@ class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pool: Annotated[str, Meta(description="pool whose links are measured")] = "main"
 
 
+class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whose routers `hocket policy` and `hocket explain` ask."""
+
+    nats: Annotated[
+        str,
+        Meta(
+            description="URL of the pool's NATS server, credentials included; "
+            "default: that of a hocket serve of this pool here, else nats://127.0.0.1:4222"
+        ),
+    ] = ""
+    pool: Annotated[str, Meta(description="pool whose routers are asked")] = "main"
+
+
 # What `serve` decides for its workers and its router: these are no settings of [worker], [router] and their flags.
 _OF_THE_CLUSTER = ("nats", "pool", "model", "served_name", "engine", "transports", "grace_s", "host", "port")
 _OF_ONE_WORKER = ("role", "worker_id", "metrics_port", "cpu_cores")
 
 SERVE = settings_of(ServeConfig)
 DOCTOR = settings_of(DoctorConfig)
+POOL = settings_of(PoolConfig)
 EVERY_WORKER = settings_of(WorkerConfig, leave_out=(*_OF_THE_CLUSTER, *_OF_ONE_WORKER))
 ONE_WORKER = settings_of(WorkerConfig, leave_out=("nats", "pool", "worker_id", "grace_s", "served_name"))
 THE_ROUTER = settings_of(RouterConfig, leave_out=(*_OF_THE_CLUSTER, "router_id"))
@@ -226,3 +240,11 @@ def state_folder(config: ServeConfig) -> Path:
 def server_url_file(folder: Path) -> Path:
     """Where `serve` leaves the URL of the NATS server it started, for its user alone: it holds the password."""
     return folder / "nats-url"
+
+
+def server_here(pool: str) -> str:
+    """The NATS server of a `hocket serve` of this pool on this machine, else NATS's own default."""
+    try:
+        return server_url_file(state_folder(ServeConfig(pool=pool))).read_text()
+    except OSError:
+        return "nats://127.0.0.1:4222"

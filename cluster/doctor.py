@@ -31,7 +31,7 @@ from ..bus.messages import (
 from ..bus.nats_bus import NatsBus
 from ..transport.registry import installed_schemes
 from ..workers.host_facts import host_facts
-from .config import ServeConfig, server_url_file, state_folder
+from .config import server_here
 from .diagnosis import Finding, PairFacts, Side, best_gb_per_s, diagnose, limit_of, verdict_of
 
 ASK_S = 2.0
@@ -49,7 +49,7 @@ class DoctorError(Exception):
 
 def doctor(*, nats: str, pool: str, is_local: bool, json_file: str) -> int:
     """Run it and print the report; the exit code. Raises DoctorError."""
-    pairs = asyncio.run(_local() if is_local else _pool(nats or _server_here(pool), pool))
+    pairs = asyncio.run(_local() if is_local else _pool(nats or server_here(pool), pool))
     findings = diagnose(pairs)
     for line in report_lines(pairs, findings):
         print(line)
@@ -63,14 +63,6 @@ def doctor(*, nats: str, pool: str, is_local: bool, json_file: str) -> int:
 
 
 # ---- a running pool
-
-
-def _server_here(pool: str) -> str:
-    """The NATS server of a `hocket serve` of this pool on this machine, else NATS's own default."""
-    try:
-        return server_url_file(state_folder(ServeConfig(pool=pool))).read_text()
-    except OSError:
-        return "nats://127.0.0.1:4222"
 
 
 async def _pool(nats: str, pool: str) -> list[PairFacts]:

@@ -37,4 +37,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 256 << 10
     suspect_s: Annotated[float, Meta(description="silence after which a worker gets no new work", gt=0)] = 1.5
     dead_s: Annotated[float, Meta(description="silence after which a worker is taken as dead", gt=0)] = 3.0
+    receipts_bytes_max: Annotated[
+        int, Meta(description="memory for receipts of the newest requests (hocket explain), in bytes; 0: none", ge=0)
+    ] = 16 << 20
+    explains_to_clients: Annotated[
+        bool, Meta(description="answer x-hocket-explain: 1 with the receipt, which names workers and their load")
+    ] = True
     grace_s: Annotated[float, Meta(description="time to finish streams after SIGTERM", ge=0)] = 8.0

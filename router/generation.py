@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..bus.ids import RequestId, WorkerId
 from ..bus.messages import EntryDetail, SamplingParams
+from .control_messages import Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Generation:
     sampling: SamplingParams
     deadline_s: float  # on the router's monotonic clock
     salt: str = ""  # of the prefix cache (tenant); "" : shared
+    explains: bool = False  # the client asked for its receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,9 @@ class TokenStreams(Protocol):
     def rebind(self, stream_id: int, attempt: int) -> None:
         """Only tokens of `attempt` count from now on; the stream keeps its place (its next index)."""
 
+    def next_index(self, stream_id: int) -> int | None:
+        """The next token that the stream waits for; None when it is not open."""
+
     def fail(self, stream_id: int, failure: Failure) -> None:
         """End the stream with one error event; unknown ids are ignored."""
 
@@ -119,6 +124,9 @@ class RouterCore(Protocol):
 
     def not_ready_reason(self) -> str | None:
         """None when requests can be served now."""
+
+    def receipt(self, request_id: RequestId) -> Receipt | None:
+        """Why a request that is still remembered went where it went."""
 
     def prompt_tokens_max(self) -> int | None:
         """The longest prompt plus output that some worker takes; None while no worker is known."""

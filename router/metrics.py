@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from ..bus.ids import WorkerId
 
 _SECONDS = (
     0.001,
@@ -30,7 +34,8 @@ _SECONDS = (
 class RouterMetrics:
     """Everything /metrics shows of one router."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
         self.registry = registry
         self.requests = Counter(
             "hocket_requests", "Generations that ended, by outcome and plan", ["outcome", "plan"], registry=registry
@@ -69,9 +74,49 @@ class RouterMetrics:
         self.policy_failures = Counter(
             "hocket_policy_failures", "Picks where the policy failed and the fallback chose", registry=registry
         )
+        self.policy_version = Gauge(
+            "hocket_policy_version", "Version of the policy document that decides; 0: what the router was started with",
+            registry=registry,
+        )  # fmt: skip
+        self.policies_replaced = Gauge(
+            "hocket_policies_replaced", "Policies of this version that failed too often", ["place"], registry=registry
+        )
+        self.policy_refused = Gauge(
+            "hocket_policy_refused", "1 while the stored policy document cannot be used here", registry=registry
+        )
         self.queue_fallbacks = Counter(
             "hocket_prefill_queue_fallbacks",
             "Prefill jobs that did not go through the work queue",
             ["to"],
             registry=registry,
         )
+        self.index_drift = Gauge(
+            "hocket_index_drift",
+            "Share of prompt tokens whose prefix hit was predicted wrongly, smoothed",
+            ["worker"],
+            registry=registry,
+        )
+        self.index_mode = Gauge(
+            "hocket_index_mode",
+            "1 for how far a worker's prefix index is trusted",
+            ["worker", "mode"],
+            registry=registry,
+        )
+        self._modes: dict[WorkerId, str] = {}
+
+    def show_mode(self, worker: WorkerId, mode: str) -> None:
+        """The worker's index is `exact`, `catching_up` or `approximate` now."""
+        before = self._modes.get(worker)
+        if before == mode:
+            return
+        if before is not None:
+            self.index_mode.remove(worker, before)
+        self.index_mode.labels(worker, mode).set(1)
+        self._modes[worker] = mode
+
+    def forget_worker(self, worker: WorkerId) -> None:
+        """Show nothing of a worker that has gone."""
+        if before := self._modes.pop(worker, None):
+            self.index_mode.remove(worker, before)
+            with contextlib.suppress(KeyError):  # Nothing was observed.
+                self.index_drift.remove(worker)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 
 from ..bus import subjects
 from ..bus.base import Bus, Delivery
-from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import HandoffToken, RequestId, RouterId, WorkerId
 from ..bus.jobs_pull import PULL_EXPIRES_S
 from ..bus.messages import (
@@ -31,11 +30,15 @@ from ..bus.messages import (
 )
 from .chooser import Ask, Chooser, Chosen
 from .config import RouterConfig
+from .control import Control
+from .control_messages import PolicyConfig, Receipt
 from .dispatch import Dispatch
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams
 from .membership import Membership
 from .metrics import RouterMetrics
-from .policies.base import Policy
+from .policies.base import Outcome, Policy
+from .policy_set import PolicySet, note_end
+from .receipts import Receipts, Record
 from .repair import TokenRepair
 from .request import (
     AskDecode,
@@ -46,6 +49,7 @@ from .request import (
     Forget,
     Instruction,
     NakJob,
+    Phase,
     Pick,
     PublishPrefill,
     Rebind,
@@ -70,7 +74,9 @@ class Live:
         "chosen_s",
         "first_token_s",
         "machine",
+        "outcome",
         "published_s",
+        "record",
         "started",
         "started_s",
         "stream_id",
@@ -85,6 +91,8 @@ class Live:
         self.chosen_s = now
         self.first_token_s: float | None = None
         self.cached_tokens: int | None = None  # that the decode engine reported
+        self.outcome: Outcome | None = None
+        self.record: Record | None = None  # for its receipt
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
 
 
@@ -115,6 +123,7 @@ class Router:
         self._by_request: dict[RequestId, Live] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._is_stopping = False
+        self._unsent_cancels: deque[bytes] = deque(maxlen=config.streams_max)  # while there is no connection
         self.membership = Membership(
             bus,
             config.pool,
@@ -123,10 +132,16 @@ class Router:
             clock=clock,
             on_lost=self._on_worker_lost,
         )
+        self._wall_clock = wall_clock
+        self.receipts = Receipts(router_id, bytes_max=config.receipts_bytes_max)
+        self.control = Control(
+            bus, config.pool, router_id, PolicyConfig(config.policy), policy, self.receipts,
+            install=self._install_policies, metrics=metrics, clock=clock,
+        )  # fmt: skip
         self.chooser = Chooser(
             self.membership.view,
             self.membership.index,
-            policy,
+            self.control.policies,
             local_prefill_tokens_max=config.local_prefill_tokens_max,
             rng=self._rng,
         )
@@ -149,7 +164,9 @@ class Router:
             await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
             await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            self._bus.on_connection(self._on_connection)
             await self.membership.start(tasks)
+            await self.control.start(tasks)
             tasks.create_task(self.membership.watch(), name="watch-workers")
             tasks.create_task(self._watch_deadlines(), name="watch-deadlines")
             ready()
@@ -177,6 +194,7 @@ class Router:
             raise Overloaded(reason, retry_after_s=1.0)
         log.debug("began a request", extra={"request_id": generation.request_id})
         live = Live(RequestMachine(generation), stream_id, self._clock())
+        live.record = self.receipts.begin(generation, live.started_s, self._wall_clock())
         self._live[stream_id] = self._by_request[generation.request_id] = live
         self._metrics.running.set(len(self._live))
         try:
@@ -195,6 +213,10 @@ class Router:
     def models(self) -> list[str]:
         """Names that clients may ask for."""
         return [self._served_name]
+
+    def receipt(self, request_id: RequestId) -> Receipt | None:
+        """Why a request that is still remembered went where it went."""
+        return self.receipts.find(request_id)
 
     def not_ready_reason(self) -> str | None:
         """None when requests can be served now."""
@@ -216,6 +238,10 @@ class Router:
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
             live.cached_tokens = detail.cached_tokens if detail else None
+            if live.chosen is not None:
+                self.chooser.computed(live.chosen)
+                if live.cached_tokens is not None:
+                    self.membership.check_truth(live.chosen, live.cached_tokens)
             self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
     def on_gap(self, stream_id: int, next_index: int) -> None:
@@ -257,6 +283,19 @@ class Router:
 
     # ---- events from the bus
 
+    def _on_connection(self, is_connected: bool) -> None:
+        """While we were away a worker may have given our streams up, and will not say so again."""
+        if not is_connected:
+            return
+        while self._unsent_cancels and self._bus.publish_nowait(
+            subjects.cancel(self._config.pool), self._unsent_cancels[0]
+        ):
+            self._unsent_cancels.popleft()
+        for stream_id, live in self._live.items():
+            next_index = self._streams.next_index(stream_id)
+            if live.machine.phase is Phase.RUNNING and next_index is not None:
+                self.on_gap(stream_id, next_index)
+
     def _on_event(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
         if not isinstance(message, PrefillClaimed | PrefillDone | PrefillFailed):
@@ -266,6 +305,8 @@ class Router:
             return
         match message:
             case PrefillClaimed():
+                if live.chosen is not None and message.attempt == live.machine.attempt:
+                    self.chooser.claimed(live.chosen, message.worker_id, self._clock())
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
@@ -343,43 +384,66 @@ class Router:
                     view.assign(worker, live.stream_id, -(-tokens // member.card.block_tokens))
             case Release(worker=worker):
                 view.release(worker, live.stream_id)
+                if live.chosen is not None:
+                    self.chooser.computed(live.chosen)
             case ReportStarted(worker=worker, plan=plan, why=why):
                 if not live.started.done():
                     live.started.set_result(Started(live.stream_id, plan, worker, why))
             case ReportError(error=error):
+                self._note_end(live, "refused", str(error))
                 if not live.started.done():
                     live.started.set_exception(error)
             case Rebind(attempt=attempt):
                 self._metrics.retries.inc()
                 self._streams.rebind(live.stream_id, attempt)
             case CancelAttempts(attempt=attempt):
-                cancel = Cancel(live.machine.generation.request_id, attempt)
-                self._bus.publish_nowait(subjects.cancel(self._config.pool), encode(cancel))
+                self._cancel(encode(Cancel(live.machine.generation.request_id, attempt)))
             case DeleteJob(sequence=sequence):
                 assert self._tasks is not None
                 self._tasks.create_task(self._dispatch.delete_job(sequence), name="delete-job")
             case NakJob(ack_subject=ack_subject, delay_s=delay_s):
                 self._bus.jobs.nak_for(ack_subject, delay_s)
             case FailStream(failure=failure):
+                if live.chosen is not None:
+                    self.chooser.released(live.chosen)
                 self._streams.fail(live.stream_id, failure)
-                self._count_end(live, "failed")
+                self._count_end(live, "failed", f"{failure.code}: {failure.message}")
             case Forget():
                 self._live.pop(live.stream_id, None)
                 self._by_request.pop(live.machine.generation.request_id, None)
                 self._metrics.running.set(len(self._live))
 
-    def _count_end(self, live: Live, outcome: str) -> None:
+    def _cancel(self, cancel: bytes) -> None:
+        if not self._bus.publish_nowait(subjects.cancel(self._config.pool), cancel):
+            self._unsent_cancels.append(cancel)
+
+    def _count_end(self, live: Live, outcome: str, detail: str = "") -> None:
         self._metrics.requests.labels(outcome, live.machine.plan).inc()
         self._metrics.e2e.observe(self._clock() - live.started_s)
+        self._note_end(live, outcome, detail)
+
+    def _note_end(self, live: Live, end: str, detail: str) -> None:
+        """For the receipt and the comparison of policies."""
+        if live.record is not None:
+            self.receipts.ended(live.record, end, self._clock(), detail=detail, outcome=live.outcome)
+        if live.chosen is not None and live.chosen.trace is not None and end != "cancelled":
+            is_error = end in ("error", "failed", "refused")
+            note_end(live.chosen.trace, live.outcome, plan=live.chosen.plan, is_error=is_error)
 
     # ---- picking
 
     def _pick(self, live: Live, exclude: frozenset[WorkerId]) -> list[Instruction]:
         generation, now = live.machine.generation, self._clock()
-        chosen = live.chosen = self.chooser.choose(ask_of(generation), exclude, now)
+        if live.chosen is not None:
+            self.chooser.released(live.chosen)
+        chosen = live.chosen = self.chooser.choose(Ask.of(generation), exclude, now)
         live.chosen_s = now
+        if live.record is not None:
+            members = self.membership.view.members("decode")
+            self.receipts.picked(live.record, chosen, now, members=members, exclude=exclude)
         if chosen is None:
             return live.machine.nothing_to_pick()
+        self.chooser.placed(chosen, now)
         self._metrics.policy_failures.inc(chosen.is_fallback)
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)
@@ -396,7 +460,7 @@ class Router:
         if live.first_token_s is not None:
             ttft_s = live.first_token_s - live.chosen_s
             itl_s = (now - live.first_token_s) / (output_tokens - 1) if output_tokens > 1 else None
-        outcome = live.chosen.outcome(
+        outcome = live.outcome = live.chosen.outcome(
             prefill_worker=live.machine.prefilled_by,
             cached_tokens=live.cached_tokens,
             ttft_s=ttft_s,
@@ -405,16 +469,5 @@ class Router:
         )
         self.chooser.observe(outcome, now)
 
-
-def ask_of(generation: Generation) -> Ask:
-    """What the chooser has to know of it."""
-    parent = chain_seed(generation.salt)
-    return Ask(
-        request_id=generation.request_id,
-        model=generation.model,
-        prompt_tokens=generation.prompt_tokens,
-        max_tokens=generation.sampling.max_tokens,
-        hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
-        deadline_s=generation.deadline_s,
-        tenant=generation.salt,
-    )
+    def _install_policies(self, policies: PolicySet) -> None:
+        self.chooser.policy = policies

@@ -11,6 +11,7 @@ import xxhash
 
 from .base import Extent, HostBuffer
 from .layout import KvLayout
+from .views import Views
 
 TRANSPOSED_K = "HKtV"
 """The order of vLLM's CPU kernels, followed by the bytes of a number: of each head K as (dim, tokens), V as (tokens, dim)."""
@@ -54,23 +55,22 @@ class HostKvPool:
     def blocks(self) -> int:
         return self._blocks
 
-    def buffers(self, extents: Iterable[Extent]) -> list[HostBuffer]:
+    def buffers(self, extents: Iterable[Extent]) -> Views:
         """Views of whole blocks in that order, neighbours in memory as one view. Raises IndexError."""
-        views: list[HostBuffer] = []
+        parts = []
         for extent in extents:
             assert extent.cut is None, "a cut has no views, only copies"
-            views += self._views(extent.layer, extent.block_ids)
-        return views
-
-    def _views(self, layer: int, block_ids: Sequence[int]) -> list[HostBuffer]:
-        if block_ids and (min(block_ids) < 0 or max(block_ids) >= self._blocks):
-            raise IndexError(f"blocks {min(block_ids)}..{max(block_ids)} of a pool of {self._blocks}")
-        flat = self._flat[layer]
-        if flat is None:
-            rows = self._layers[layer]
-            return [rows[block] for block in block_ids]
-        size = self._layout.block_bytes(layer)
-        return [flat[first * size : end * size] for first, end in _runs(block_ids)]
+            ids, rows, flat = self._checked_ids(extent), self._layers[extent.layer], self._flat[extent.layer]
+            size = rows.shape[1]
+            if not len(ids):
+                continue
+            if flat is None:
+                parts += [(rows[block], np.zeros(1, np.int64), np.array([size])) for block in extent.block_ids]
+                continue
+            firsts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)  # Each begins a run.
+            lengths = np.diff(firsts, append=len(ids))
+            parts.append((flat, ids[firsts] * size, lengths * size))
+        return Views(parts)
 
     def digest(self, extents: Iterable[Extent]) -> int:
         """xxh3-64 over the bytes of whole blocks in that order. Thread-safe; releases the GIL for what is large."""
@@ -83,7 +83,7 @@ class HostKvPool:
         for extent in extents:
             ids, rows = self._checked_ids(extent), self._layers[extent.layer]
             if rows.shape[1] >= DIGEST_RUN_BYTES:
-                for view in self._views(extent.layer, extent.block_ids):
+                for view in self.buffers((extent,)):
                     digest.update(view.data)
                 continue
             step = len(scratch) // rows.shape[1]
@@ -212,19 +212,3 @@ def digest_of(buffers: Iterable[HostBuffer]) -> int:
     for view in buffers:
         digest.update(view.data)
     return digest.intdigest()
-
-
-def _runs(block_ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Join ascending neighbours: 4, 5, 6, 9 -> (4, 7), (9, 10)."""
-    runs: list[tuple[int, int]] = []
-    first = end = -1
-    for block in block_ids:
-        if block == end:
-            end += 1
-            continue
-        if end > first:
-            runs.append((first, end))
-        first, end = block, block + 1
-    if end > first:
-        runs.append((first, end))
-    return runs

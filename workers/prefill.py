@@ -89,7 +89,7 @@ class PrefillIntake:
 
     def __init__(self, card: WorkerCard) -> None:
         self._card = card
-        self._running: set[tuple[str, int]] = set()
+        self._running: dict[tuple[str, int], None] = {}
         self._cancelled = RecentAttempts()
         self._done = RecentAttempts()
         self.is_draining = False
@@ -115,7 +115,7 @@ class PrefillIntake:
             return GiveBack("it is for another model or KV layout", ELSEWHERE_DELAY_S * delivery)
         if not job.token_ids or len(job.token_ids) % 4:
             return Discard(f"{len(job.token_ids)} bytes are no prompt of 4-byte token ids", "bad_job")
-        self._running.add(key)
+        self._running[key] = None
         return Take()
 
     def cancel(self, request_id: str, attempt: int) -> list[tuple[str, int]]:
@@ -127,7 +127,7 @@ class PrefillIntake:
         return self._cancelled.covers(job.request_id, job.attempt)
 
     def ended(self, job: PrefillJob, *, is_done: bool) -> None:
-        self._running.discard((job.request_id, job.attempt))
+        self._running.pop((job.request_id, job.attempt), None)
         if is_done:
             self._done.note(job.request_id, job.attempt)
 
@@ -205,6 +205,7 @@ class PrefillWorker:
         handoff_timeout_s: float,
         in_progress_s: float = IN_PROGRESS_S,
         on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._bus = bus
@@ -214,6 +215,7 @@ class PrefillWorker:
         self._handoff_timeout_s = handoff_timeout_s
         self._in_progress_s = in_progress_s
         self._on_change = on_change
+        self._clock = clock
         self._wall_clock = wall_clock
         self._intake = PrefillIntake(card)
         self._runs: dict[tuple[str, int], _Run] = {}
@@ -357,7 +359,7 @@ class PrefillWorker:
     async def _compute(self, run: _Run) -> Ending:
         """Run the engine and tell the queue meanwhile that we are at it. Raises EngineDead."""
         run.task = asyncio.ensure_future(self._engine.prefill(self._task_of(run)))
-        self.throughput.begin(time.monotonic())
+        self.throughput.begin(self._clock())
         computed_tokens = 0
         try:
             while not run.task.done():
@@ -380,7 +382,7 @@ class PrefillWorker:
                 await asyncio.wait([run.task], timeout=1.0)
             if run.task.done() and not run.task.cancelled():
                 run.task.exception()  # Nobody asks any more when we were cancelled in the same turn.
-            self.throughput.end(time.monotonic(), computed_tokens)
+            self.throughput.end(self._clock(), computed_tokens)
 
     def _task_of(self, run: _Run) -> PrefillTask:
         job = run.job

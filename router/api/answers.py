@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from ..control_messages import Receipt
 from ..generation import Failure
 from ..text.detokenize import escape
 from ..text.model_text import ModelText
@@ -37,6 +38,7 @@ class AnswerShape:
         prompt_tokens: int,
         top_logprobs: int = 0,
     ) -> None:
+        self.receipts: Callable[[], list[Receipt]] | None = None  # of its generations, for a client that asked
         self.is_chat = is_chat
         self.includes_usage = includes_usage
         self._text = text
@@ -60,6 +62,10 @@ class AnswerShape:
             "completion_tokens": output_tokens,
             "total_tokens": self._prompt_tokens + output_tokens,
         }
+
+    def explanation(self) -> bytes:
+        """A comment, which every reader of server-sent events skips; empty unless the client asked."""
+        return b": hocket %b\n\n" % _json({"receipts": self.receipts()}) if self.receipts is not None else b""
 
     def logprobs(self, shown: Sequence[ShownToken], text_offset: int) -> dict[str, object]:
         """OpenAI's object for the log probabilities of some tokens; `text_offset` counts characters before the first one."""
@@ -148,13 +154,13 @@ class EventStream:
             return
         if self.shape.includes_usage:
             body += b'%b],"usage":%b}\n\n' % (self.shape.chunk_start, _json(self.shape.usage(self._output_tokens)))
-        self.write(body + DONE, is_last=True)
+        self.write(body + self.shape.explanation() + DONE, is_last=True)
 
     def fail(self, failure: Failure) -> None:
         """One error event ends the whole answer."""
         if not self._is_over:
             self.failure = failure
-            self.write(failure_event(failure), is_last=True)
+            self.write(self.shape.explanation() + failure_event(failure), is_last=True)
             self._on_failed()
 
 
@@ -249,6 +255,7 @@ class WholeAnswer:
                 **shape.start,
                 "choices": [choice.json() for choice in self._choices],
                 "usage": shape.usage(sum(choice.output_tokens for choice in self._choices)),
+                **({"hocket": {"receipts": shape.receipts()}} if shape.receipts is not None else {}),
             }
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,8 @@ from .errors import ApiError, bad_request, error_response
 from .exchange import Exchange
 from .requests import GenerateRequest, parse_chat, parse_completion
 from .stream import Stream, TokenPath
+
+EXPLAIN = (b"x-hocket-explain", b"1")  # as ASGI servers give headers
 
 
 class Prompt:
@@ -81,6 +84,8 @@ class Generator:
             )
             answer = self._shape(asked, prompts, request_id, exchange)
             generations = self._generations(asked, prompts, request_id, answer)
+            if self._config.explains_to_clients and EXPLAIN in scope["headers"]:
+                generations = self._explain(answer, generations)
             del asked, prompts
             await exchange.run(answer, generations, scope, receive, send)
         except ApiError as error:
@@ -182,6 +187,14 @@ class Generator:
                 writer = answer.choice(index, prompt.echo)
                 generations.append((generation, Stream(detokenizer, writer, asked.stops, asked.sampling.min_tokens)))
         return generations
+
+    def _explain(
+        self, answer: EventStream | WholeAnswer, generations: list[tuple[Generation, Stream]]
+    ) -> list[tuple[Generation, Stream]]:
+        """Let every one of them leave a receipt, and the answer end with those."""
+        ids = [generation.request_id for generation, _ in generations]
+        answer.shape.receipts = lambda: [found for one in ids if (found := self._core.receipt(one)) is not None]
+        return [(dataclasses.replace(generation, explains=True), stream) for generation, stream in generations]
 
     def _max_tokens(self, asked: GenerateRequest, prompt_tokens: int) -> int:
         param = "messages" if asked.is_chat else "prompt"

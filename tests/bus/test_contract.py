@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hocket.bus import Bus, BusDisconnected, BusError, Delivery, NoResponders, RequestTimeout, WorkerId
+from hocket.bus import Bus, BusDisconnected, BusError, Delivery, NoResponders, RequestTimeout, SettingChanged, WorkerId
 from hocket.bus.messages import WorkerCard
 
 from .conftest import Rig, until
@@ -330,3 +330,63 @@ async def test_cards_outlive_a_restart_of_the_server(rig: Rig) -> None:
     await rig.start()
     await until(lambda: bus.is_connected)
     assert await bus.registry.list() == [card("w1")]
+
+
+# ---- settings
+
+
+async def test_a_setting_is_replaced_only_by_who_has_read_it(rig: Rig) -> None:
+    one, two = await rig.bus(), await rig.bus()
+    assert await one.settings.get("main") is None
+    first = await one.settings.put("main", b"1", after=None)
+    other = await one.settings.put("other", b"x", after=None)
+    second = await two.settings.put("main", b"2", after=first)
+    assert second > first
+    for stale in (None, first, other):
+        with pytest.raises(SettingChanged, match="main"):
+            await one.settings.put("main", b"3", after=stale)
+    stored = await one.settings.get("main")
+    assert stored is not None
+    assert (stored.value, stored.revision) == (b"2", second)
+
+
+async def test_of_two_who_set_at_once_one_is_refused(rig: Rig) -> None:
+    buses = [await rig.bus() for _ in range(4)]
+
+    async def put(bus: Bus, number: int) -> int | None:
+        try:
+            await bus.settings.put("main", b"%d" % number, after=None)
+        except SettingChanged:
+            return None
+        return number
+
+    async with asyncio.TaskGroup() as tasks:
+        done = [tasks.create_task(put(bus, number)) for number, bus in enumerate(buses)]
+    [winner] = [task.result() for task in done if task.result() is not None]
+    stored = await buses[0].settings.get("main")
+    assert stored is not None
+    assert stored.value == b"%d" % winner
+
+
+async def test_settings_outlive_a_restart_of_the_server_and_say_when_it_is_away(rig: Rig) -> None:
+    bus = await rig.bus()
+    revision = await bus.settings.put("main", b"1", after=None)
+    await rig.stop()
+    await until(lambda: not bus.is_connected)
+    with pytest.raises(BusDisconnected):
+        await bus.settings.get("main")
+    with pytest.raises(BusDisconnected):
+        await bus.settings.put("main", b"2", after=revision)
+    await rig.start()
+    await until(lambda: bus.is_connected)
+    stored = await bus.settings.get("main")
+    assert stored is not None
+    assert (stored.value, stored.revision) == (b"1", revision)
+
+
+async def test_a_key_is_one_token_of_a_subject(rig: Rig) -> None:
+    bus = await rig.bus()
+    with pytest.raises(ValueError, match="token"):
+        await bus.settings.put("a.b", b"1", after=None)
+    with pytest.raises(ValueError, match="token"):
+        await bus.settings.get("a.*")

@@ -24,6 +24,13 @@ COMMANDS = (
     "",
     "serve",
     "doctor",
+    "policy",
+    "policy show",
+    "policy set",
+    "policy canary",
+    "policy shadow",
+    "policy rollback",
+    "explain",
     "router",
     "worker",
     "worker prefill",
@@ -31,6 +38,10 @@ COMMANDS = (
     "model",
     "model demo",
     "model path",
+    "lab",
+    "lab diff",
+    "lab chaos",
+    "lab run",
 )
 HEAVY = (
     "vllm",
@@ -76,6 +87,8 @@ def test_help_of_each_command_is_there_and_exits_0(command: str):
         ("worker decode", WorkerConfig, ("role",)),
         ("serve", cluster.ServeConfig, ()),
         ("doctor", cluster.DoctorConfig, ()),
+        ("policy show", cluster.PoolConfig, ()),
+        ("explain", cluster.PoolConfig, ()),
     ],
 )
 def test_help_lists_every_setting_with_its_default_and_a_sentence(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from shm_ring import make_shm_pool
 
 from hocket.transport import (
     Chunk,
@@ -28,8 +29,10 @@ from hocket.transport import (
     Transport,
 )
 from hocket.transport.links.cma import CmaTransport
+from hocket.transport.links.cuda_ipc import CudaIpcTransport
 from hocket.transport.links.inproc import InprocTransport
 from hocket.transport.links.tcp import TcpTransport
+from hocket.transport.poller import Poller
 
 LAYERS = 4
 BLOCK_TOKENS = 16
@@ -43,6 +46,10 @@ def make_transport(scheme: str) -> Transport:
         pytest.importorskip("ucxx")
         transport: Transport = ucx.UcxTransport()
         return transport
+    if scheme == "cuda_ipc":
+        ring = CudaIpcTransport()
+        ring.bind(make_shm_pool(make_layout(), 4), Poller())
+        return ring
     return {"cma": CmaTransport, "inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
 
 

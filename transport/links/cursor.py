@@ -6,12 +6,15 @@ import ctypes
 from collections.abc import Iterable, Sequence
 
 from ..base import Buffer, DeviceBuffer, HostBuffer
+from ..views import Views
 
 _BYTE = ctypes.c_ubyte
 
 
-def host_buffers(buffers: Sequence[Buffer]) -> list[HostBuffer]:
+def host_buffers(buffers: Sequence[Buffer]) -> Sequence[HostBuffer]:
     """The same buffers, for a link that moves host memory alone. Raises TypeError for a `DeviceBuffer`."""
+    if isinstance(buffers, Views):
+        return buffers
     hosts = [buffer for buffer in buffers if not isinstance(buffer, DeviceBuffer)]
     if len(hosts) < len(buffers):
         raise TypeError("this link moves no device memory; see `Link.moves_device_memory`")

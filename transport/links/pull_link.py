@@ -20,7 +20,7 @@ from typing import Protocol
 from ..base import Buffer, ControlHandler, Done, LostHandler, Place
 from ..errors import LinkLost, TransportError
 from ..frames import FRAME_BYTES_MAX
-from .cursor import Cursor, host_buffers
+from ..views import total_bytes
 from .pulls import Job, Lane, Pull, PullThreads
 from .tcp import TcpLink
 
@@ -125,7 +125,7 @@ class PullLink:
         """Also raises ValueError for more pieces of memory than an offer can name."""
         self._check_alive()
         assert tag not in self._sends, f"tag {tag} is being sent already"
-        nbytes = sum(buffer.nbytes for buffer in buffers)
+        nbytes = total_bytes(buffers)
         self._channel.send_control(_OFFER_HEAD.pack(_OFFER, tag, nbytes) + self._mover.offer(buffers))
         self._sends[tag] = (buffers, done)
 
@@ -239,8 +239,9 @@ class PullLink:
         if pull is None:
             self._loop.call_soon(self._end, receive, offer, None)
             return
-        digested = Cursor(host_buffers(buffers)) if self.makes_digests else None
-        self._threads.submit(self._lane, pull, lambda job: self._end(receive, offer, job), digested)
+        self._threads.submit(
+            self._lane, pull, lambda job: self._end(receive, offer, job), makes_digest=self.makes_digests
+        )
 
     def _end(self, receive: _Receive, offer: _Offer, job: Job | None) -> None:
         del self._pulling[receive.tag]

@@ -15,8 +15,6 @@ from typing import Protocol
 
 import xxhash
 
-from .cursor import Cursor
-
 THREADS_MAX = 4
 
 
@@ -30,8 +28,8 @@ class Pull(Protocol):
     def is_short(self) -> bool:
         """Whether one step of less than 0.2 ms is all of it: cheaper on the loop than with a thread."""
 
-    def step(self) -> int:
-        """Move the next piece, in the order of the message, and say how many bytes that were.
+    def step(self, digest: xxhash.xxh3_64 | None) -> int:
+        """Move the next piece, in the order of the message, and say how many bytes that were; `digest` is told them.
 
         Raises OSError when the rest will not come, ValueError when it is not what was announced.
         """
@@ -52,14 +50,13 @@ class Lane:
 class Job:
     """One pull and what it came to."""
 
-    def __init__(self, lane: Lane, pull: Pull, on_end: Callable[[Job], None], digested: Cursor | None) -> None:
+    def __init__(self, lane: Lane, pull: Pull, on_end: Callable[[Job], None], *, makes_digest: bool) -> None:
         self.lane = lane
         self.pull = pull
         self.on_end = on_end
         self.error: OSError | ValueError | None = None
         self.is_over = False
-        self._digested = digested
-        self._digest = xxhash.xxh3_64() if digested else None
+        self._digest = xxhash.xxh3_64() if makes_digest else None
 
     @property
     def digest(self) -> int | None:
@@ -67,13 +64,10 @@ class Job:
         return self._digest.intdigest() if self._digest else None
 
     def run(self) -> int:
-        """Take one step, in a thread. A piece is digested while it is still in the cache."""
+        """Take one step, in a thread."""
         moved_bytes = 0
         try:
-            moved_bytes = 0 if self.lane.is_dropped else self.pull.step()
-            if self._digest and self._digested:
-                for view in self._digested.take(moved_bytes):
-                    self._digest.update(view)
+            moved_bytes = 0 if self.lane.is_dropped else self.pull.step(self._digest)
         except (OSError, ValueError) as error:
             self.error = error
         self.is_over = self.error is not None or self.lane.is_dropped or self.pull.is_done
@@ -88,16 +82,16 @@ class PullThreads:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._name = name
-        self._count = max(2, min(THREADS_MAX, len(os.sched_getaffinity(0)) // 2))
+        self._count = max(1, min(THREADS_MAX, len(os.sched_getaffinity(0)) // 2))
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._lanes: deque[Lane] = deque()  # those with jobs that no thread has in hand; the first is next
         self._ended: deque[Job] = deque()
         self._is_closing = False
 
-    def submit(self, lane: Lane, pull: Pull, on_end: Callable[[Job], None], digested: Cursor | None = None) -> None:
+    def submit(self, lane: Lane, pull: Pull, on_end: Callable[[Job], None], *, makes_digest: bool) -> None:
         """Begin; `on_end` is called on the loop when it is over or its lane was dropped, for a short pull at once."""
-        job = Job(lane, pull, on_end, digested)
+        job = Job(lane, pull, on_end, makes_digest=makes_digest)
         if pull.is_short:
             moved_bytes = job.run()
             assert job.is_over

@@ -18,12 +18,13 @@ from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hocket.bus.base import Delivery
-from hocket.bus.ids import WorkerId
+from hocket.bus.ids import RequestId, RouterId, WorkerId
 from hocket.bus.messages import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Entry, EntryDetail, TokenFrame, encode
 from hocket.router.api.app import build_app
 from hocket.router.api.server import ApiServer
 from hocket.router.api.stream import TokenPath
 from hocket.router.config import RouterConfig
+from hocket.router.control_messages import AttemptReceipt, Receipt
 from hocket.router.generation import Failure, Generation, RouterError, Started
 from hocket.router.text.model_text import ModelText
 
@@ -128,6 +129,13 @@ class ScriptedCore:
             player.cancel()
         self.cancelled.append(stream_id)
         self._note()
+
+    def receipt(self, request_id: RequestId) -> Receipt | None:
+        for generation in self.generations.values():
+            if generation.request_id == request_id and generation.explains:
+                attempts = [AttemptReceipt(0.0, WORKER, "remote", "kv")]
+                return Receipt(request_id, RouterId("r1"), "tiny", generation.prompt_tokens, 8, 1e9, attempts)
+        return None
 
     def models(self) -> list[str]:
         return ["tiny"]

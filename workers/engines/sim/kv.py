@@ -8,6 +8,7 @@ another token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from ....bus.messages import FINISH_LENGTH, FINISH_STOP, SamplingParams, TokenLogprob
+from ....transport.host_memory import shareable_bytes
 from ....transport.layout import KvLayer, KvLayout, KvShape
 from ....transport.pool import HostKvPool
 
@@ -127,7 +129,9 @@ class _Rank:
         self.heads = layout.rank_heads(0)
         shape = (len(self.heads), layout.block_tokens(0))
         is_by_head = layout.shape.order == "HND"
-        cells = np.full((len(layout.layers), blocks, *(shape if is_by_head else shape[::-1])), 0xDEADBEEF, np.uint64)
+        cells_shape = (len(layout.layers), blocks, *(shape if is_by_head else shape[::-1]))
+        cells: U64 = shareable_bytes(8 * math.prod(cells_shape)).view(np.uint64).reshape(cells_shape)
+        cells[:] = 0xDEADBEEF
         by_block: U64 = cells if is_by_head else cells.swapaxes(2, 3)
         self.cells: U64 = by_block.swapaxes(1, 2)  # (layers, heads, blocks, block_tokens), in place
         self.pool = HostKvPool(layout, list(cells.reshape(len(layout.layers), blocks, -1).view(np.uint8)))
