@@ -304,6 +304,9 @@ def parse() -> argparse.Namespace:
     add("--staging-mib", type=int, default=512)
     add("--verify-kv", action="store_true", help="digest the KV in the blocks where it landed, too")
     add("--dtype", default="auto", help="float32 tells a wrong token from another rounding")
+    add(
+        "--batch-invariant", action="store_true", help="vLLM's kernels that round alike in every batch: slow, for texts"
+    )
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--cpu", action="store_true", help="vLLM's CPU build, one engine a core")
     add("--quick", action="store_true", help="one small load, short windows")
@@ -329,6 +332,8 @@ def _complete(options: argparse.Namespace) -> argparse.Namespace:
     options.loads = [tuple(map(int, load.split("/"))) for load in options.loads.split(",") if load]
     options.gpus = _words(options.gpus) or _all_gpus(options.cpu or not options.systems)
     options.prefill = options.prefill or max(1, len(options.gpus) // 2)
+    if options.batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
     return options
 
 
