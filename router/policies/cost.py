@@ -45,7 +45,7 @@ class CostPolicy:
         self,
         work_weight: float = 2.0,
         stall_weight: float = 0.5,
-        itl_weight: float = 0.1,
+        itl_weight: float = 0.0,
         ttft_slo_s: float | None = None,
         itl_slo_s: float | None = None,
     ) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_views import prefill, request, worker
 
 from hocket.bus.ids import RequestId, WorkerId
-from hocket.router.policies import Outcome, PolicyError, PrefillView, RequestView, WorkerView, load_policy
+from hocket.router.policies import Outcome, PolicyError, RequestView, WorkerView, load_policy
 from hocket.router.policies.cost import CostPolicy
 from hocket.router.policies.fit import LiveFit
 from hocket.router.policies.spread import SKEW_FACTOR, SKEW_REQUESTS
@@ -19,23 +20,6 @@ SEEKING = ["kv", "kv?temperature=0.3", "lmetric", "mix", "prefix_affinity", "ses
 POLICIES = ["round_robin", "random", "least_loaded", "power_of_two", *SEEKING]
 
 counts = st.integers(0, 10**6)
-
-
-def worker(name: str, **changes: object) -> WorkerView:
-    view = WorkerView(
-        WorkerId(name), 16, slots=64, kv_blocks=4000, can_prefill_locally=True, hit_blocks=0, in_flight=0,
-        in_flight_blocks=0, running=0, waiting=0, kv_blocks_free=4000, fingerprint="f",
-    )  # fmt: skip
-    return replace(view, **changes)
-
-
-def prefill(name: str, **changes: object) -> PrefillView:
-    return replace(PrefillView(WorkerId(name), "f", 16, 8, 0, 0, 0), **changes)
-
-
-def request(**changes: object) -> RequestView:
-    view = RequestView(RequestId("r"), "m", 1600, 100, 0, 16, session_id="s")
-    return replace(view, **changes)
 
 
 @st.composite

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
+from shm_ring import make_shm_pool
 
 from hocket.lab.link import LabTransport, Network
 from hocket.lab.loop import Process
@@ -32,8 +33,10 @@ from hocket.transport import (
     Transport,
 )
 from hocket.transport.links.cma import CmaTransport
+from hocket.transport.links.cuda_ipc import CudaIpcTransport
 from hocket.transport.links.inproc import InprocTransport
 from hocket.transport.links.tcp import TcpTransport
+from hocket.transport.poller import Poller
 
 LAYERS = 4
 BLOCK_TOKENS = 16
@@ -50,6 +53,10 @@ def make_transport(scheme: str) -> Transport:
         pytest.importorskip("ucxx")
         transport: Transport = ucx.UcxTransport()
         return transport
+    if scheme == "cuda_ipc":
+        ring = CudaIpcTransport()
+        ring.bind(make_shm_pool(make_layout(), 4), Poller())
+        return ring
     if scheme == "lab":
         loop = asyncio.get_running_loop()
         network = _networks.setdefault(loop, Network(loop, random.Random(1)))

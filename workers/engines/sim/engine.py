@@ -332,8 +332,7 @@ class SimEngine:
         if work.cached_blocks:
             group = GroupBlocks(0, tuple(work.blocks[: work.cached_blocks]))
             self.endpoint.announce(task.key, Chunk(0, work.computed, (group,)))
-            for layer in range(self.kv.layers):
-                self.endpoint.layer_ready(task.key, layer)
+            self.endpoint.layers_ready(task.key, range(self.kv.layers))
         if work.computed < len(work.tokens):
             self._scheduler.computing[work] = None
 
