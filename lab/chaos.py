@@ -187,6 +187,16 @@ def _stop_worker(house: House, fault: Fault) -> Undo:
     return None
 
 
+def _break_engine(house: House, fault: Fault) -> Undo:
+    """The engine dies, the worker around it lives and has to notice."""
+    victims = [worker for worker in house.live_workers if worker.card is not None and not worker.process.is_paused]
+    if victims:
+        victim = victims[int(fault.pick * len(victims))]
+        house.log.add(victim.name, "lost its engine")
+        victim.process.call_soon(victim.engine.break_down, "it was broken")
+    return None
+
+
 def _pause(house: House, fault: Fault) -> Undo:
     victim = _one(fault, [member for member in _members(house) if not member.process.is_paused])
     if victim is None:
@@ -300,6 +310,7 @@ KINDS: dict[str, Callable[[House, Fault], Undo]] = {
     "kill": _kill,
     "kill a worker": _kill_worker,
     "stop a worker": _stop_worker,
+    "break an engine": _break_engine,
     "pause": _pause,
     "partition": _partition,
     "stop nats": _stop_nats,

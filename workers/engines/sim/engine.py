@@ -154,6 +154,12 @@ class SimEngine:
         """Whether some task has this block of the KV."""
         return self._scheduler.blocks.is_held(block)
 
+    def break_down(self, why: str) -> None:
+        """As when the process of an engine dies: every task fails, and the worker must be started again."""
+        if self._task is not None:
+            self._task.cancel()
+        self._fail_all(EngineDead(why))
+
     def load(self) -> EngineLoad:
         return EngineLoad(len(self._scheduler.active), len(self._scheduler.waiting), self._scheduler.blocks.free_blocks)
 
