@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import subjects
-from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable
+from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable, Room
 from .jobs import DEDUP_WINDOW_S, JobLimits, check_job
-from .jobs_pull import CONFIRM_TIMEOUT_S
+from .jobs_pull import CONFIRM_TIMEOUT_S, one_job
 
 if TYPE_CHECKING:
     from .memory_bus import MemoryBroker, MemoryBus
@@ -148,7 +148,9 @@ class MemoryStore:
 
     def wait(self, subject: str, puller: MemoryJobPuller) -> None:
         """A puller has room for a job."""
-        self._lane(subject).waiting.append(puller)
+        waiting = self._lane(subject).waiting
+        if puller not in waiting:
+            waiting.append(puller)
         self.dispatch()
 
     def leave(self, subject: str, puller: MemoryJobPuller) -> None:
@@ -168,11 +170,23 @@ class MemoryStore:
                 if puller is None:
                     break
                 lane.waiting.remove(puller)
-                (lane.again or lane.fresh).popleft()
-                job.delivery += 1
-                job.is_out = True
-                self._start_timer(job, self.limits.ack_wait_s)
-                puller.deliver(MemoryJob(puller.bus, self, job.sequence, job.payload, job.delivery))
+                puller.deliver(self._hand_out(lane, job, puller.bus))
+
+    def take(self, subject: str, bus: MemoryBus) -> MemoryJob | None:
+        """The next job of a lane, if there is one now."""
+        if not (self._broker.is_running and self.is_available):
+            return None
+        self._expire(self._broker.now())
+        lane = self._lane(subject)
+        job = self._first(lane)
+        return None if job is None else self._hand_out(lane, job, bus)
+
+    def _hand_out(self, lane: _Lane, job: _Stored, bus: MemoryBus) -> MemoryJob:
+        (lane.again or lane.fresh).popleft()
+        job.delivery += 1
+        job.is_out = True
+        self._start_timer(job, self.limits.ack_wait_s)
+        return MemoryJob(bus, self, job, behind=len(lane.again) + len(lane.fresh))
 
     def _first(self, lane: _Lane) -> _Stored | None:
         for queue in (lane.again, lane.fresh):
@@ -229,10 +243,15 @@ class MemoryJobQueue:
                 raise QueueUnavailable(f"the work queue did not confirm job {job_id}")
         return self._store.put(subject, payload, job_id, ttl_s)
 
-    async def puller(self, subject: str) -> MemoryJobPuller:
+    async def take(self, subject: str) -> MemoryJob | None:
+        """The next job of a lane if there is one now."""
+        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
+        return self._store.take(subject, self._bus)
+
+    async def puller(self, subject: str, room: Room = one_job) -> MemoryJobPuller:
         """One open pull on the jobs of `subject`."""
         await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
-        puller = MemoryJobPuller(self._bus, self._store, subject)
+        puller = MemoryJobPuller(self._bus, self._store, subject, room)
         self._pullers[puller] = None
         return puller
 
@@ -263,10 +282,12 @@ class MemoryJobQueue:
 class MemoryJobPuller:
     """One pull at a time."""
 
-    def __init__(self, bus: MemoryBus, store: MemoryStore, subject: str) -> None:
+    def __init__(self, bus: MemoryBus, store: MemoryStore, subject: str, room: Room) -> None:
         self.bus = bus
         self._store = store
         self._subject = subject
+        self._room = room
+        self._has_asked = False
         self._waiter: asyncio.Future[MemoryJob] | None = None
         self._is_closed = False
 
@@ -276,8 +297,8 @@ class MemoryJobPuller:
             raise ValueError("this puller is closed or somebody waits on it already")
         waiter: asyncio.Future[MemoryJob] = asyncio.get_running_loop().create_future()
         self._waiter = waiter
-        self._store.wait(self._subject, self)
         try:
+            self.room_changed()
             return await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -285,6 +306,22 @@ class MemoryJobPuller:
             raise
         finally:
             self._waiter = None
+            self._has_asked = False
+            self._store.leave(self._subject, self)
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs that have been asked for and not been pulled yet."""
+        return int(self._has_asked)
+
+    def room_changed(self) -> None:
+        """Wait for a job, or wait no more."""
+        if self._waiter is None or self._waiter.done():
+            return
+        self._has_asked = self._room() > 0
+        if self._has_asked:
+            self._store.wait(self._subject, self)
+        else:
             self._store.leave(self._subject, self)
 
     def deliver(self, job: MemoryJob) -> None:
@@ -306,14 +343,15 @@ class MemoryJobPuller:
 class MemoryJob:
     """One delivery of one job."""
 
-    __slots__ = ("_bus", "_delivery", "_payload", "_store", "sequence")
+    __slots__ = ("_bus", "_delivery", "_payload", "_store", "behind", "sequence")
 
-    def __init__(self, bus: MemoryBus, store: MemoryStore, sequence: int, payload: bytes, delivery: int) -> None:
+    def __init__(self, bus: MemoryBus, store: MemoryStore, job: _Stored, *, behind: int) -> None:
         self._bus = bus
         self._store = store
-        self.sequence = sequence
-        self._payload = payload
-        self._delivery = delivery
+        self.sequence = job.sequence
+        self._payload = job.payload
+        self._delivery = job.delivery
+        self.behind = behind
 
     @property
     def payload(self) -> bytes:

@@ -35,6 +35,16 @@ def prefill_jobs(pool: str, job_class: str = "std") -> str:
     return f"{ROOT}.{token(pool)}.prefill.{token(job_class)}.any"
 
 
+def prefill_lane(pool: str, worker: WorkerId) -> str:
+    """PrefillJob that one prefill worker should have first: its affinity lane of the work queue."""
+    return f"{ROOT}.{token(pool)}.prefill.std.w.{token(worker)}"
+
+
+def is_lane(subject: str) -> bool:
+    """Whether these are jobs for one prefill worker."""
+    return subject.split(".")[-2] == "w"
+
+
 def prefill_jobs_all() -> str:
     """What the work queue stores."""
     return f"{ROOT}.*.prefill.>"
@@ -58,6 +68,16 @@ def routers(pool: str) -> str:
 def load(pool: str, worker: WorkerId) -> str:
     """Heartbeat and Goodbye of one worker."""
     return f"{ROOT}.load.{token(pool)}.{token(worker)}"
+
+
+def placed(pool: str, router: RouterId) -> str:
+    """PlacedLoad of one router."""
+    return f"{ROOT}.placed.{token(pool)}.{token(router)}"
+
+
+def placed_all(pool: str) -> str:
+    """PlacedLoad of every router of the pool."""
+    return f"{ROOT}.placed.{token(pool)}.*"
 
 
 def load_all(pool: str) -> str:
