@@ -11,6 +11,7 @@ ROOT = "hk"
 PREFILL_STREAM = "HK_PREFILL"
 REGISTRY_BUCKET = "hk_workers"
 SETTINGS_BUCKET = "hk_config"
+JOB_CLASSES = ("hi", "std")  # the shared lanes of a pool; each worker pulls from both
 
 
 def token(text: str) -> str:
@@ -31,7 +32,7 @@ def control(pool: str, worker: WorkerId) -> str:
 
 
 def prefill_jobs(pool: str, job_class: str = "std") -> str:
-    """PrefillJob for any prefill worker: the work queue's shared lane."""
+    """PrefillJob for any prefill worker: a shared lane of the work queue, one for each of `JOB_CLASSES`."""
     return f"{ROOT}.{token(pool)}.prefill.{token(job_class)}.any"
 
 

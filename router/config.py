@@ -37,6 +37,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 256 << 10
     suspect_s: Annotated[float, Meta(description="silence after which a worker gets no new work", gt=0)] = 1.5
     dead_s: Annotated[float, Meta(description="silence after which a worker is taken as dead", gt=0)] = 3.0
+    lane_wait_s: Annotated[
+        float,
+        Meta(description="a prompt waits so long for the prefill worker it is meant for before any may take it", ge=0),
+    ] = 0.5
     receipts_bytes_max: Annotated[
         int, Meta(description="memory for receipts of the newest requests (hocket explain), in bytes; 0: none", ge=0)
     ] = 16 << 20

@@ -22,6 +22,9 @@ class Generation:
     deadline_s: float  # on the router's monotonic clock
     salt: str = ""  # of the prefix cache (tenant); "" : shared
     explains: bool = False  # the client asked for its receipt
+    tenant: str = ""  # who asks; limits and fair shares are by tenant
+    share: float = 1.0  # its weight against other tenants
+    priority: int = 0  # higher goes first
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from ..bus.messages import (
     PrefillDone,
     PrefillFailed,
     PrefillJob,
+    PrefillReturned,
     decode,
     encode,
 )
@@ -58,6 +59,7 @@ from .request import (
     ReportStarted,
     RequestMachine,
 )
+from .sharing import LoadSharing
 from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
@@ -144,9 +146,13 @@ class Router:
             local_prefill_tokens_max=config.local_prefill_tokens_max,
             rng=self._rng,
         )
-        self._dispatch = Dispatch(
-            bus, config.pool, router_id, self.membership, metrics, clock=clock, wall_clock=wall_clock
+        self.sharing = LoadSharing(
+            bus, config.pool, router_id, self.membership.view, lane_wait_s=config.lane_wait_s, clock=clock
         )
+        self._dispatch = Dispatch(
+            bus, config.pool, router_id, self.membership, metrics,
+            placed=self.sharing.jobs, clock=clock, wall_clock=wall_clock,
+        )  # fmt: skip
         self._streams: TokenStreams
         self._repair: TokenRepair
 
@@ -163,9 +169,11 @@ class Router:
             await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
             await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            await self.sharing.start()
             await self.membership.start(tasks)
             await self.control.start(tasks)
             tasks.create_task(self.membership.watch(), name="watch-workers")
+            tasks.create_task(self.sharing.run(), name="share-load")
             tasks.create_task(self._watch_deadlines(), name="watch-deadlines")
             ready()
 
@@ -279,7 +287,7 @@ class Router:
 
     def _on_event(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
-        if not isinstance(message, PrefillClaimed | PrefillDone | PrefillFailed):
+        if not isinstance(message, PrefillClaimed | PrefillReturned | PrefillDone | PrefillFailed):
             return
         live = self._by_request.get(message.request_id)
         if live is None:
@@ -287,6 +295,8 @@ class Router:
         match message:
             case PrefillClaimed():
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
+            case PrefillReturned():
+                self._now(live, live.machine.returned(message.attempt, message.worker_id))
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
             case PrefillFailed():
@@ -336,6 +346,13 @@ class Router:
             return
         for instruction in instructions:
             self._do(live, instruction)
+        self._note_job(live)
+
+    def _note_job(self, live: Live) -> None:
+        """Whether its prefill job still waits in the queue."""
+        machine = live.machine
+        if self.sharing.jobs.sync(live.stream_id, is_open=machine.is_prefill_open, is_unclaimed=machine.is_unclaimed):
+            self.sharing.changed()
 
     async def _carry_out(self, live: Live, instructions: Iterable[Instruction]) -> None:
         machine = live.machine
@@ -348,9 +365,10 @@ class Router:
                     todo.extend(await self._dispatch.ask_decode(machine, live.stream_id, ask))
                 case PublishPrefill() as publish:
                     live.published_s = self._clock()
-                    todo.extend(await self._dispatch.publish_prefill(machine, publish))
+                    todo.extend(await self._dispatch.publish_prefill(machine, live.stream_id, publish))
                 case instruction:
                     self._do(live, instruction)
+        self._note_job(live)
 
     def _do(self, live: Live, instruction: Instruction) -> None:
         view = self.membership.view
@@ -361,8 +379,10 @@ class Router:
                     generation = live.machine.generation
                     tokens = generation.prompt_tokens + generation.sampling.max_tokens
                     view.assign(worker, live.stream_id, -(-tokens // member.card.block_tokens))
+                    self.sharing.changed()
             case Release(worker=worker):
                 view.release(worker, live.stream_id)
+                self.sharing.changed()
             case ReportStarted(worker=worker, plan=plan, why=why):
                 if not live.started.done():
                     live.started.set_result(Started(live.stream_id, plan, worker, why))
@@ -418,8 +438,9 @@ class Router:
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)
         token = HandoffToken(self._rng.randbytes(16))
         return live.machine.picked(
-            chosen.worker.worker_id, chosen.plan, chosen.choice.why, token, prefill_ranks=chosen.prefill_ranks
-        )
+            chosen.worker.worker_id, chosen.plan, chosen.choice.why, token, prefill_ranks=chosen.prefill_ranks,
+            lane=chosen.choice.lane,
+        )  # fmt: skip
 
     def _observe(self, live: Live, output_tokens: int) -> None:
         if live.chosen is None:
@@ -452,5 +473,6 @@ def ask_of(generation: Generation) -> Ask:
         max_tokens=generation.sampling.max_tokens,
         hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
         deadline_s=generation.deadline_s,
-        tenant=generation.salt,
+        tenant=generation.tenant,
+        priority=generation.priority,
     )

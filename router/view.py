@@ -25,6 +25,8 @@ class Member:
     is_suspect: bool = False
     in_flight: dict[int, int] = field(default_factory=dict)  # our streams on it -> KV blocks they may need
     in_flight_blocks: int = 0
+    others_in_flight: int = 0  # streams of the other routers on it, as they last said
+    others_blocks: int = 0
 
     @property
     def can_take_work(self) -> bool:
@@ -100,6 +102,12 @@ class ClusterView:
         if member is not None:
             member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
 
+    def share(self, worker: WorkerId, streams: int, blocks: int) -> None:
+        """So much of the other routers is on `worker`."""
+        member = self._members.get(worker)
+        if member is not None:
+            member.others_in_flight, member.others_blocks = streams, blocks
+
     def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
         """Decode workers that may get a new request for `model`."""
         return [
@@ -142,8 +150,8 @@ def worker_view(member: Member, hit_blocks: int) -> WorkerView:
         kv_blocks=card.kv_blocks,
         can_prefill_locally=card.can_prefill_locally,
         hit_blocks=hit_blocks,
-        in_flight=len(member.in_flight),
-        in_flight_blocks=member.in_flight_blocks,
+        in_flight=len(member.in_flight) + member.others_in_flight,
+        in_flight_blocks=member.in_flight_blocks + member.others_blocks,
         running=heartbeat.running,
         waiting=heartbeat.waiting,
         kv_blocks_free=heartbeat.kv_blocks_free,

@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..bus import subjects
-from ..bus.base import Bus, BusError, Delivery, JobPuller, PulledJob, Subscription
+from ..bus.base import Bus, BusError, Delivery, PulledJob, Subscription
 from ..bus.jobs import JobLimits
 from ..bus.messages import (
     Admitted,
     Cancel,
     Message,
+    PlacedLoad,
     PrefillClaimed,
     PrefillDone,
     PrefillFailed,
     PrefillJob,
+    PrefillReturned,
     Refused,
     WorkerCard,
     decode,
@@ -35,12 +37,15 @@ from ..bus.messages import (
 from ..transport.base import HandoffKey
 from .attempts import RecentAttempts
 from .engines.base import BadTask, Engine, EngineDead, EngineError, HandoffFailed, PrefillOutcome, PrefillTask
+from .prefill_lanes import LanePulls
+from .prefill_order import JobOrder
 from .throughput import Throughput
 
 log = logging.getLogger(__name__)
 IN_PROGRESS_S = JobLimits().ack_wait_s / 3
 RETRY_DELAY_S = 1.0  # before a job whose decode worker could not be reached is tried again
-PULLER_AGAIN_S = 1.0
+HELD_S = 1.0  # a job that waits here for a slot so long may go to another worker
+HELD_TICK_S = 0.25
 ELSEWHERE_DELAY_S = 0.5  # times the delivery, before a job that only another worker can do is offered again
 
 
@@ -157,6 +162,7 @@ class _DirectJob:
 
     ack_subject = ""
     delivery = 1
+    behind = 1  # so that it waits for a slot here
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
@@ -178,6 +184,13 @@ class _Run:
     deliveries: list[PulledJob]
     task: asyncio.Task[PrefillOutcome] | None = None
     is_cancelled: bool = False
+    held_s: float = 0.0  # since when it waits for a slot
+    said_s: float = field(default_factory=time.monotonic)  # when the queue heard last that we have it
+
+    @property
+    def may_go_back(self) -> bool:
+        """Once: each delivery counts, and the last ones are for workers that die."""
+        return all(one.delivery == 1 and not isinstance(one, _DirectJob) for one in self.deliveries)
 
 
 @dataclass(slots=True)
@@ -193,7 +206,10 @@ class PrefillCounts:
 
 
 class PrefillWorker:
-    """Runs jobs in as many slots as the card says. `on_change` is called when its load has changed."""
+    """Runs jobs in as many slots as the card says. `on_change` is called when its load has changed.
+
+    A few jobs more than there are slots are held while the queue is long, so that there is a choice (`prefill_order.py`).
+    """
 
     def __init__(
         self,
@@ -217,7 +233,9 @@ class PrefillWorker:
         self._wall_clock = wall_clock
         self._intake = PrefillIntake(card)
         self._runs: dict[tuple[str, int], _Run] = {}
-        self._pulling: set[asyncio.Task[None]] = set()
+        self._held: JobOrder[_Run] = JobOrder()
+        self._active = 0  # jobs that have a slot
+        self._lanes = LanePulls(bus, pool, card, room=self._room, handle=self._handle)
         self._tasks: asyncio.TaskGroup | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -233,8 +251,9 @@ class PrefillWorker:
                 direct = subjects.prefill_direct(self._pool, self._card.worker_id)
                 subscriptions.append(await self._bus.subscribe(subjects.cancel(self._pool), self._on_cancel))
                 subscriptions.append(await self._bus.subscribe(direct, self._on_direct))
-                for slot in range(self._card.slots):
-                    self._pulling.add(self._tasks.create_task(self._slot(), name=f"slot {slot}"))
+                subscriptions.append(await self._bus.subscribe(subjects.placed_all(self._pool), self._on_placed))
+                self._lanes.start(self._tasks)
+                self._tasks.create_task(self._keep_held(), name="keep-held")
                 self.listening.set()
                 try:
                     await asyncio.Event().wait()
@@ -243,46 +262,36 @@ class PrefillWorker:
         except* EngineDead as errors:
             raise EngineDead(str(errors.exceptions[0])) from errors
         finally:
+            await self._give_back_held()
             for subscription in subscriptions:
                 await subscription.unsubscribe()
 
     async def drain(self) -> None:
         """Take nothing more; returns when the last job has ended."""
         self._intake.is_draining = True
-        for task in list(self._pulling):
-            task.cancel()
+        self._lanes.stop()
+        await self._give_back_held()
         await self._idle.wait()
+
+    @property
+    def held(self) -> int:
+        """Jobs that wait here for a slot."""
+        return len(self._held)
 
     # Jobs come.
 
-    async def _slot(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        puller = await self._open_puller()
-        try:
-            while not self._intake.is_draining:
-                job = await self._pull(puller, task)
-                if job is not None:
-                    await self._handle(job)
-        finally:
-            self._pulling.discard(task)
-            await puller.aclose()
+    def _room(self) -> int:
+        """Jobs that could start now."""
+        return 0 if self._intake.is_draining else self._card.slots - self._active - len(self._held)
 
-    async def _open_puller(self) -> JobPuller:
-        while True:
-            try:
-                return await self._bus.jobs.puller(subjects.prefill_jobs(self._pool))
-            except BusError as error:
-                log.warning("cannot pull from the work queue yet: %s", error)
-                await asyncio.sleep(PULLER_AGAIN_S)
-
-    async def _pull(self, puller: JobPuller, task: asyncio.Task[None]) -> PulledJob | None:
-        """Only a slot that waits for a job is stopped by `drain`."""
-        self._pulling.add(task)
+    def _on_placed(self, delivery: Delivery) -> None:
         try:
-            return await puller.pull()
-        finally:
-            self._pulling.discard(task)
+            message = decode(delivery.payload)
+        except msgspec.MsgspecError as error:
+            log.warning("dropped a message about load that is none: %s", error)
+            return
+        if isinstance(message, PlacedLoad):
+            self._lanes.on_placed(message)
 
     def _on_direct(self, delivery: Delivery) -> None:
         job = _decode_job(delivery.payload)
@@ -318,10 +327,19 @@ class PrefillWorker:
         if job is None:
             await _quietly(delivery.term("not a prefill job"))
             return
+        is_stray = self._room() <= 0 and delivery.behind == 0 and delivery.delivery == 1
         verdict = self._intake.offer(job, delivery.delivery, self._wall_clock())
         match verdict:
+            case Take() if is_stray:  # It came while the slots were filled by others: somebody may be idle.
+                self._intake.ended(job, is_done=False)
+                await self._settle(_Run(job, [delivery]), GiveBack("no slot is free", 0.0))
             case Take():
-                await self._run_job(_Run(job, [delivery]))
+                run = self._runs[job.request_id, job.attempt] = _Run(job, [delivery])
+                run.held_s = time.monotonic()
+                self._idle.clear()
+                self._held.add(job, run)
+                self._claim(run)
+                self._fill_slots()
             case Join():
                 self._runs[job.request_id, job.attempt].deliveries.append(delivery)
             case AckAgain():
@@ -329,30 +347,83 @@ class PrefillWorker:
             case GiveBack() | Discard():
                 await self._settle(_Run(job, [delivery]), verdict)
 
+    def _fill_slots(self) -> None:
+        """Start what waits, as far as there are slots."""
+        assert self._tasks is not None
+        while not self._intake.is_draining and self._active < self._card.slots:
+            run = self._held.pop()
+            if run is None:
+                break
+            self._active += 1
+            self._tasks.create_task(self._run_job(run), name=f"prefill {run.job.request_id}")
+        self._lanes.room_changed()
+
+    async def _keep_held(self) -> None:
+        """What waits for a slot stays ours for a while; what nobody needs any more is dropped before the engine sees it."""
+        while True:
+            await asyncio.sleep(HELD_TICK_S)
+            await self._look_at_held(time.monotonic(), self._wall_clock())
+
+    async def _look_at_held(self, now: float, now_unix_s: float) -> None:
+        for run in self._held.take_out(lambda run: self._is_over(run, now_unix_s)):
+            await self._end_held(run, self._over(run))
+        for run in self._held.take_out(lambda run: now - run.held_s > HELD_S and run.may_go_back):
+            await self._end_held(run, GiveBack("it waited for a slot here", 0.0))
+        for run in self._held.items():
+            if now - run.said_s > self._in_progress_s:
+                run.said_s = now
+                for delivery in run.deliveries:
+                    await _quietly(delivery.in_progress())
+
+    def _is_over(self, run: _Run, now_unix_s: float) -> bool:
+        return run.is_cancelled or run.job.deadline_unix_s <= now_unix_s
+
+    def _over(self, run: _Run) -> Discard:
+        return Discard("cancelled") if run.is_cancelled else Discard("its deadline has passed", "expired")
+
+    async def _end_held(self, run: _Run, ending: Ending) -> None:
+        """It waited for a slot and gets none here."""
+        try:
+            await self._settle(run, ending)
+        finally:
+            self._forget(run, is_done=False)
+
+    async def _give_back_held(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                for run in self._held.take_out(lambda _: True):
+                    await self._end_held(run, GiveBack("the worker stops", 0.0))
+
+    def _forget(self, run: _Run, *, is_done: bool) -> None:
+        del self._runs[run.job.request_id, run.job.attempt]
+        self._intake.ended(run.job, is_done=is_done)
+        self._on_change()
+        if not self._runs:
+            self._idle.set()
+
     async def _run_job(self, run: _Run) -> None:
         job = run.job
-        self._runs[job.request_id, job.attempt] = run
         log.debug("took a job", extra={"request_id": job.request_id, "handoff": job.handoff_token[:4].hex()})
-        self._idle.clear()
         self._on_change()
         is_done = False
         try:
-            self._claim(run)
+            if self._is_over(run, self._wall_clock()):
+                await self._settle(run, self._over(run))
+                return
             ending = await self._compute(run)
             is_done = isinstance(ending, PrefillOutcome)
             await self._settle(run, ending)
         except (asyncio.CancelledError, EngineDead) as error:
+            self._intake.is_draining = True  # Either ends the worker.
             if not is_done:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await self._settle(run, GiveBack(str(error) or "the worker stops", 0.0))
             raise
         finally:
-            del self._runs[job.request_id, job.attempt]
-            self._intake.ended(job, is_done=is_done)
-            self._on_change()
-            if not self._runs:
-                self._idle.set()
+            self._active -= 1
+            self._forget(run, is_done=is_done)
+            self._fill_slots()
 
     async def _compute(self, run: _Run) -> Ending:
         """Run the engine and tell the queue meanwhile that we are at it. Raises EngineDead."""
@@ -427,6 +498,8 @@ class PrefillWorker:
                     await _quietly(delivery.nak(delay_s))
                 if all(isinstance(delivery, _DirectJob) for delivery in run.deliveries):
                     self._tell(job, PrefillFailed(job.request_id, job.attempt, "refused", why))
+                else:
+                    self._tell(job, PrefillReturned(job.request_id, job.attempt, self._card.worker_id))
             case Leave():
                 self.counts.add("replaced")
             case Discard(why, reason):

@@ -213,6 +213,7 @@ class Worker:
                 on_change=presence.changed,
             )
             presence.prefill_tokens_per_s = lambda: prefill.throughput.tokens_per_s
+            presence.waiting = lambda: prefill.held
             counts = prefill.counts
         presence.on_control = checkup.on_control
         if config.metrics_port:

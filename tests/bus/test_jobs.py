@@ -8,7 +8,6 @@ import time
 import pytest
 
 from hocket.bus import Bus, BusDisconnected, BusError, JobPuller, PulledJob, QueueFull, subjects
-
 from hocket.bus.ids import WorkerId
 from hocket.bus.jobs import JobLimits
 
