@@ -37,6 +37,7 @@ class Dispatch:
         metrics: RouterMetrics,
         *,
         placed: PlacedJobs,
+        share_of: Callable[[str], float],
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
@@ -46,6 +47,7 @@ class Dispatch:
         self._membership = membership
         self._metrics = metrics
         self._placed = placed
+        self._share_of = share_of
         self._clock = clock
         self._wall_clock = wall_clock
 
@@ -112,7 +114,7 @@ class Dispatch:
             decode_ranks=member.card.tp_size,
             prefill_ranks=publish.prefill_ranks,
             tenant=generation.tenant,
-            share=generation.share,
+            share=self._share_of(generation.tenant),
             priority=generation.priority,
         )
         payload = encode(job)

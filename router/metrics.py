@@ -79,6 +79,10 @@ class RouterMetrics:
         self.policy_refused = Gauge(
             "hocket_policy_refused", "1 while the stored policy document cannot be used here", registry=registry
         )
+        self.admission_refusals = Counter(
+            "hocket_admission_refusals", "Requests refused by limits before any work was queued", ["reason"],
+            registry=registry,
+        )  # fmt: skip
         self.queue_fallbacks = Counter(
             "hocket_prefill_queue_fallbacks",
             "Prefill jobs that did not go through the work queue",

@@ -30,12 +30,13 @@ from ..bus.messages import (
     decode,
     encode,
 )
+from .admission import Admission
 from .chooser import Ask, Chooser, Chosen
 from .config import RouterConfig
 from .control import Control
 from .control_messages import PolicyConfig, Receipt
 from .dispatch import Dispatch
-from .generation import Failure, Generation, Overloaded, Started, TokenStreams
+from .generation import Failure, Generation, Overloaded, Started, TokenStreams, refused
 from .membership import Membership
 from .metrics import RouterMetrics
 from .policies.base import Outcome, Policy
@@ -59,7 +60,7 @@ from .request import (
     ReportStarted,
     RequestMachine,
 )
-from .sharing import LoadSharing
+from .sharing import LoadSharing, Tenants
 from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
@@ -149,9 +150,12 @@ class Router:
         self.sharing = LoadSharing(
             bus, config.pool, router_id, self.membership.view, lane_wait_s=config.lane_wait_s, clock=clock
         )
+        self.admission = Admission(config.admission_limits())
+        self.sharing.tenants = self.admission.tenants
+        self.sharing.on_others = self._on_others
         self._dispatch = Dispatch(
             bus, config.pool, router_id, self.membership, metrics,
-            placed=self.sharing.jobs, clock=clock, wall_clock=wall_clock,
+            placed=self.sharing.jobs, share_of=lambda tenant: self.admission.limits.of(tenant).weight, clock=clock, wall_clock=wall_clock,
         )  # fmt: skip
         self._streams: TokenStreams
         self._repair: TokenRepair
@@ -198,6 +202,7 @@ class Router:
         if self._is_stopping or len(self._live) >= self._config.streams_max:
             reason = "the router is stopping" if self._is_stopping else f"{len(self._live)} requests are in flight"
             raise Overloaded(reason, retry_after_s=1.0)
+        self._admit(generation, stream_id)
         log.debug("began a request", extra={"request_id": generation.request_id})
         live = Live(RequestMachine(generation), stream_id, self._clock())
         live.record = self.receipts.begin(generation, live.started_s, self._wall_clock())
@@ -209,6 +214,16 @@ class Router:
         except asyncio.CancelledError:
             self.cancel(stream_id)
             raise
+
+    def _admit(self, generation: Generation, stream_id: int) -> None:
+        """Raises RouterError when the limits leave no room, before any work is queued."""
+        tokens = generation.prompt_tokens + generation.sampling.max_tokens
+        block_tokens = self.membership.view.block_tokens(generation.model)
+        need = generation.prompt_tokens, -(-tokens // block_tokens) if block_tokens else 0
+        refusal = self.admission.offer(stream_id, generation.tenant, need, generation.deadline_s, self._clock())
+        if refusal is not None:
+            self._metrics.admission_refusals.labels(refusal.reason).inc()
+            raise refused(refusal)
 
     def cancel(self, stream_id: int) -> None:
         """The client has gone: free everything the request holds."""
@@ -243,6 +258,7 @@ class Router:
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
+            self.admission.computed(stream_id, live.first_token_s)
             live.cached_tokens = detail.cached_tokens if detail else None
             self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
@@ -305,6 +321,9 @@ class Router:
                 )
                 self._now(live, live.machine.prefill_failed(message.attempt))
 
+    def _on_others(self, tenants: Tenants) -> None:
+        self.admission.others = tenants
+
     def _on_exhausted(self, payload: bytes) -> None:
         job = decode(payload)
         if isinstance(job, PrefillJob):
@@ -326,11 +345,11 @@ class Router:
         while True:
             await asyncio.sleep(DEADLINE_TICK_S)
             now = self._clock()
+            prefill = self.membership.view.members("prefill")
+            self.admission.prefill_tokens_per_s = sum(m.heartbeat.prefill_tokens_per_s for m in prefill)
             late = [stream_id for stream_id, live in self._live.items() if live.machine.generation.deadline_s <= now]
             for stream_id in late:
-                self._fail(
-                    stream_id, "timeout", f"not finished within {self._config.request_timeout_s:g} s", status=504
-                )
+                self._fail(stream_id, "timeout", "not finished before its deadline", status=504)
 
     def _fail(self, stream_id: int, code: str, message: str, *, status: int = 503) -> None:
         if live := self._live.get(stream_id):
@@ -406,6 +425,7 @@ class Router:
                 self._count_end(live, "failed", f"{failure.code}: {failure.message}")
             case Forget():
                 self._live.pop(live.stream_id, None)
+                self.admission.release(live.stream_id, self._clock())
                 self._by_request.pop(live.machine.generation.request_id, None)
                 self._metrics.running.set(len(self._live))
 

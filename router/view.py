@@ -102,6 +102,11 @@ class ClusterView:
         if member is not None:
             member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
 
+    def block_tokens(self, model: str) -> int:
+        """Tokens in one KV block of the workers that serve `model`; 0: there are none."""
+        cards = (member.card for member in self._members.values())
+        return next((card.block_tokens for card in cards if card.role == "decode" and card.model == model), 0)
+
     def share(self, worker: WorkerId, streams: int, blocks: int) -> None:
         """So much of the other routers is on `worker`."""
         member = self._members.get(worker)

@@ -52,7 +52,7 @@ class _DirectJob:
 
     ack_subject = ""
     delivery = 1
-    behind = 1  # so that it waits for a slot here
+    behind = 0
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
@@ -80,7 +80,12 @@ class _Run:
     @property
     def may_go_back(self) -> bool:
         """Once: each delivery counts, and the last ones are for workers that die."""
-        return all(one.delivery == 1 and not isinstance(one, _DirectJob) for one in self.deliveries)
+        return all(is_first_try(delivery) for delivery in self.deliveries)
+
+
+def is_first_try(delivery: PulledJob) -> bool:
+    """Only such a job is given back because others may have a slot."""
+    return delivery.delivery == 1 and not isinstance(delivery, _DirectJob)
 
 
 @dataclass(slots=True)
@@ -217,7 +222,7 @@ class PrefillWorker:
         if job is None:
             await _quietly(delivery.term("not a prefill job"))
             return
-        is_stray = self._room() <= 0 and delivery.behind == 0 and delivery.delivery == 1
+        is_stray = self._room() <= 0 and not self._lanes.looks_ahead and is_first_try(delivery)
         verdict = self._intake.offer(job, delivery.delivery, self._wall_clock())
         match verdict:
             case Take() if is_stray:  # It came while the slots were filled by others: somebody may be idle.

@@ -80,9 +80,14 @@ class LanePulls:
         if self._overdue:
             self._has_overdue.set()
 
+    @property
+    def looks_ahead(self) -> bool:
+        """More jobs wait in some lane than there are slots: nobody is idle for want of those that are held here."""
+        return any(lane.is_long for lane in self._lanes)
+
     def _room_of(self, lane: _Lane) -> int:
         """For one job there may be a request in every lane; what the others have asked for is not asked for twice."""
-        room = self._room() + (self._ahead if lane.is_long else 0)
+        room = self._room() + (self._ahead if self.looks_ahead else 0)
         if room <= 0:
             return 0
         asked = sum(other.puller.outstanding for other in self._lanes if other is not lane and other.puller is not None)
