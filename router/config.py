@@ -19,6 +19,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     router_id: Annotated[str, Meta(description="name of this router; a boot nonce is added", max_length=40)] = ""
     host: Annotated[str, Meta(description="address the API listens on")] = "127.0.0.1"
     port: Annotated[int, Meta(description="port of the API, 0: any free one", ge=0, le=65535)] = 8000
+    reuse_port: Annotated[
+        bool,
+        Meta(description="let other routers listen on the same port: the kernel gives each connection to one of them"),
+    ] = False
     model: Annotated[str, Meta(description="folder or id of the model whose tokenizer is used")] = "demo"
     served_name: Annotated[str, Meta(description="model name clients use; default: the model's last path part")] = ""
     policy: Annotated[str, Meta(description="round_robin, least_loaded, kv, module:Class or path/to/file.py:Class")] = (

@@ -31,17 +31,18 @@ from ..bus.messages import (
     encode,
 )
 from .admission import Admission
-from .chooser import Ask, Chooser, Chosen
+from .chooser import Ask, Chooser
 from .config import RouterConfig
 from .control import Control
 from .control_messages import PolicyConfig, Receipt
 from .dispatch import Dispatch
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams, refused
+from .live import Live
 from .membership import Membership
 from .metrics import RouterMetrics
-from .policies.base import Outcome, Policy
+from .policies.base import Policy
 from .policy_set import PolicySet, note_end
-from .receipts import Receipts, Record
+from .receipts import Receipts
 from .repair import TokenRepair
 from .request import (
     AskDecode,
@@ -66,37 +67,6 @@ from .view import ClusterView, Member
 log = logging.getLogger(__name__)
 
 DEADLINE_TICK_S = 0.5
-
-
-class Live:
-    """One generation in flight: its machine and what the shell must remember of it."""
-
-    __slots__ = (
-        "cached_tokens",
-        "chosen",
-        "chosen_s",
-        "first_token_s",
-        "machine",
-        "outcome",
-        "published_s",
-        "record",
-        "started",
-        "started_s",
-        "stream_id",
-    )
-
-    def __init__(self, machine: RequestMachine, stream_id: int, now: float) -> None:
-        self.machine = machine
-        self.stream_id = stream_id
-        self.started_s = now
-        self.published_s = 0.0
-        self.chosen: Chosen | None = None  # by the newest attempt
-        self.chosen_s = now
-        self.first_token_s: float | None = None
-        self.cached_tokens: int | None = None  # that the decode engine reported
-        self.outcome: Outcome | None = None
-        self.record: Record | None = None  # for its receipt
-        self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
 
 
 class Router:
@@ -155,7 +125,8 @@ class Router:
         self.sharing.on_others = self._on_others
         self._dispatch = Dispatch(
             bus, config.pool, router_id, self.membership, metrics,
-            placed=self.sharing.jobs, share_of=lambda tenant: self.admission.limits.of(tenant).weight, clock=clock, wall_clock=wall_clock,
+            placed=self.sharing.jobs, share_of=lambda tenant: self.admission.limits.of(tenant).weight,
+            clock=clock, wall_clock=wall_clock,
         )  # fmt: skip
         self._streams: TokenStreams
         self._repair: TokenRepair
