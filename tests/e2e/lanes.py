@@ -1,0 +1,23 @@
+"""A policy for the tests: every prompt is meant for the prefill worker called `target`, while it lives."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from hocket.router.policies.base import Choice, RequestView, WorkerView
+from hocket.router.policies.basic import LeastLoaded
+
+
+class ToTarget:
+    """Least loaded decode worker, one lane."""
+
+    def __init__(self) -> None:
+        self._inner = LeastLoaded()
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        """The lane is left out when the target is gone."""
+        choice = self._inner.pick(request, workers, now, rng)
+        lanes = [prefill.worker_id for prefill in request.prefill if prefill.worker_id.startswith("prefill-target")]
+        return dataclasses.replace(choice, lane=lanes[0] if lanes else None)
