@@ -1,4 +1,4 @@
-"""A policy for the tests: every prompt is meant for the prefill worker called `target`, while it lives."""
+"""Policies for the tests: one lane for every prompt; one decode worker for every request."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ class ToTarget:
         choice = self._inner.pick(request, workers, now, rng)
         lanes = [prefill.worker_id for prefill in request.prefill if prefill.worker_id.startswith("prefill-target")]
         return dataclasses.replace(choice, lane=lanes[0] if lanes else None)
+
+
+class AllToTheFirst:
+    """As blind as can be: whoever comes first in the list."""
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        """Those that refused are not offered again."""
+        return Choice(workers[0].worker_id)
