@@ -5,17 +5,18 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-FOLDERS := bus router workers transport cluster
+SEEDS ?= 0..100000
+FOLDERS := bus router workers transport cluster lab
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --only-binary :all:
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve model test check lock clean
+.PHONY: help venv serve model test check chaos-search lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo '  e.g.          make serve ARGS="--prefill 1 --decode 2 --engine sim"'
 
 venv: $(VENV)/.hocket-installed ## build .venv (a few minutes the first time, instant after)
@@ -37,6 +38,9 @@ check: venv ## format, lint, types, floors of the house, shape of the code
 	$(BIN)/mypy
 	$(PYTEST) tests/test_architecture.py
 	$(BIN)/python tools/measure_style.py $(FOLDERS) --check
+
+chaos-search: venv ## 100,000 runs of a pool under faults, on virtual time; another range: make chaos-search SEEDS=0..1000
+	$(BIN)/hocket lab chaos --seeds $(SEEDS)
 
 lock: venv ## resolve requirements/cpu.in into requirements/cpu.lock again
 	$(BIN)/python tools/lock.py

@@ -26,7 +26,7 @@ from hocket.transport.host_memory import shareable_bytes
 MIB = 1 << 20
 EPOCH = 1
 ORDER_TIMEOUT_S = 60.0
-STAGING_BYTES = 128 << 20  # of a GPU pool, for each side
+STAGING_BYTES = 512 << 20  # of a GPU pool, for each side: what a worker has
 RUN_BLOCK_BYTES = 64 << 10  # of the blocks that lie one after the other
 _BLOCK_TOKENS = 16
 _PLANES = 64  # 32 layers, K and V apart
@@ -85,6 +85,7 @@ class Arena(Protocol):
     address: int
     nbytes: int
     kind: str  # for NIXL: "DRAM", "VRAM"
+    gpu: int  # number of the GPU; 0 in host memory
 
     def enter(self) -> None:
         """A thread's first word to the device, for libraries that expect one."""
@@ -111,6 +112,7 @@ class HostArena:
     """Implements `Arena` with memory as the simulator has it."""
 
     kind = "DRAM"
+    gpu = 0
 
     def __init__(self, nbytes: int) -> None:
         self.words = shareable_bytes(nbytes).view(np.uint64)

@@ -19,13 +19,15 @@ MATMUL = (1408, 8192)  # 0.24 ms on a Hopper chip
 
 
 class GpuArena:
-    """Implements `Arena` on the first GPU; with `device` "interpreted", in host memory."""
+    """Implements `Arena` on a GPU; with `device` "interpreted", in host memory."""
 
     kind = "VRAM"
 
-    def __init__(self, nbytes: int, device: str) -> None:
-        self.is_cuda = device == "cuda"
-        self.words = torch.ones(nbytes // 8, dtype=torch.int64, device="cuda:0" if self.is_cuda else "cpu")
+    def __init__(self, nbytes: int, device: str, gpu: int) -> None:
+        self.is_cuda = device != "interpreted"
+        self.gpu = gpu
+        self.enter()
+        self.words = torch.ones(nbytes // 8, dtype=torch.int64, device="cuda" if self.is_cuda else "cpu")
         self.address = self.words.data_ptr()
         self.nbytes = nbytes
         if not self.is_cuda:
@@ -34,7 +36,7 @@ class GpuArena:
 
     def enter(self) -> None:
         if self.is_cuda:
-            torch.cuda.set_device(0)
+            torch.cuda.set_device(self.gpu)
 
     def wait(self) -> None:
         """Until the GPU has done all that it was told."""
@@ -144,7 +146,7 @@ class GpuCopySink:
 
     def _capture(self) -> None:
         """Each piece goes through three streams; a piece of the ring is used again when the next stage is done with it."""
-        torch.cuda.set_device(0)
+        self._memory.arena.enter()
         self._move()  # The first use of a kernel loads it, which a capture does not allow.
         main, *streams = (torch.cuda.Stream() for _ in range(4))
         done = [[torch.cuda.Event() for _ in self._parts] for _ in streams]
@@ -171,6 +173,30 @@ class GpuCopySink:
     async def aclose(self) -> None:
         self._graph = None
         del self._source, self._rings
+
+
+class PeerCopySink(GpuCopySink):
+    """Implements `Sink` alone: one copy from the first GPU, where the blocks lie as they are wanted, in one piece."""
+
+    def __init__(self, case: Case, memory: GpuMemory) -> None:
+        super().__init__(case, memory)
+        self._gather_all()
+
+    def _gather_all(self) -> None:
+        wanted = torch.empty_like(self._rows[0])
+        wanted.index_copy_(0, self._to, self._rows[0].index_select(0, self._from))
+        self._source = wanted.view(-1).to("cuda:0")
+        self._memory.arena.wait()
+
+    async def open(self) -> Facts:
+        return Facts()
+
+    def _move(self) -> float:
+        self._memory.arena.enter()
+        started = time.perf_counter()
+        self._memory.words.copy_(self._source, non_blocking=True)
+        self._memory.arena.wait()
+        return time.perf_counter() - started
 
 
 class LayerSource(HandoffSource):

@@ -32,6 +32,7 @@ class Facts(msgspec.Struct, frozen=True):
     token: str = ""
     agent: bytes = b""
     memory: int = 0
+    gpu: int = 0
 
 
 class Source(Protocol):
@@ -137,8 +138,7 @@ class HandoffSource:
         started = time.perf_counter()
         if not self._is_claimed:
             self._claim()
-        for layer in range(self._case.layers):
-            self.endpoint.layer_ready(self.key, layer)
+        self.endpoint.layers_ready(self.key, range(self._case.layers))
         await self.landed()
         return started
 

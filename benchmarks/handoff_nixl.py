@@ -35,11 +35,11 @@ class Agent:
         api = nixl_api()
         self.arena = arena
         self.nixl = api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=False))
-        self._registered = self.nixl.register_memory([(arena.address, arena.nbytes, 0, "")], arena.kind)
+        self._registered = self.nixl.register_memory([(arena.address, arena.nbytes, arena.gpu, "")], arena.kind)
         self._peers: dict[bytes, str] = {}
 
     def facts(self) -> Facts:
-        return Facts(agent=self.nixl.get_agent_metadata(), memory=self.arena.address)
+        return Facts(agent=self.nixl.get_agent_metadata(), memory=self.arena.address, gpu=self.arena.gpu)
 
     def peer(self, theirs: Facts) -> str:
         """The name of the other agent, made known once."""
@@ -47,15 +47,16 @@ class Agent:
             self._peers[theirs.agent] = self.nixl.add_remote_agent(theirs.agent)
         return self._peers[theirs.agent]
 
-    def prepared(self, case: Case, agent: str, address: int) -> Any:  # NIXL's own handle
+    def prepared(self, case: Case, agent: str, address: int, gpu: int) -> Any:  # NIXL's own handle
         """A list of every block of the case, or of the run as one."""
         if case.is_one_run:
-            descriptors: Descriptors = np.array([[address, case.kv_bytes, 0]], np.uint64)
+            descriptors: Descriptors = np.array([[address, case.kv_bytes, gpu]], np.uint64)
         else:
             count = case.layers * case.blocks
             descriptors = np.zeros((count, 3), np.uint64)
             descriptors[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(case.block_bytes)
             descriptors[:, 1] = case.block_bytes
+            descriptors[:, 2] = gpu
         return self.nixl.prep_xfer_dlist(agent, self.nixl.get_xfer_descs(descriptors, self.arena.kind))
 
     def was_told(self) -> bool:
@@ -88,8 +89,8 @@ class NixlSource:
         agent, case = self._agent, self._case
         peer = agent.peer(theirs)
         self._lists = (
-            agent.prepared(case, "NIXL_INIT_AGENT", agent.arena.address),
-            agent.prepared(case, peer, theirs.memory),
+            agent.prepared(case, "NIXL_INIT_AGENT", agent.arena.address, agent.arena.gpu),
+            agent.prepared(case, peer, theirs.memory, theirs.gpu),
         )
         self._entries = _entries(case, "prefill"), _entries(case, "decode")
         return agent.facts()

@@ -30,7 +30,7 @@ class Setup(msgspec.Struct, frozen=True):
     """A process's command line."""
 
     side: Literal["prefill", "decode"]
-    device: str  # "host" or "cuda"; "interpreted": the GPU's way on the CPU
+    device: str  # "host", "cuda" (one GPU), "peers" (two); "interpreted": the GPU's way on the CPU
     arena_bytes: int
     nixl_site: str | None = None
 
@@ -179,6 +179,11 @@ class Role:
 
             assert isinstance(self._memory, GpuMemory)
             return GpuCopySink(self._case, self._memory)
+        elif name == "peer copy":
+            from handoff_gpu import GpuMemory, PeerCopySink
+
+            assert isinstance(self._memory, GpuMemory)
+            return PeerCopySink(self._case, self._memory)
         return HandoffSink(self._case, self._endpoints, name)
 
 
@@ -187,7 +192,7 @@ def _arena(setup: Setup) -> Arena:
         return HostArena(setup.arena_bytes)
     from handoff_gpu import GpuArena
 
-    return GpuArena(setup.arena_bytes, setup.device)
+    return GpuArena(setup.arena_bytes, setup.device, int(setup.device == "peers" and setup.side == "decode"))
 
 
 def _memory(case: Case, arena: Arena) -> Memory:

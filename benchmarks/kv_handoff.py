@@ -3,13 +3,15 @@
 
     python benchmarks/kv_handoff.py [--quick] [--json FILE] [--nixl-site DIR]
     python benchmarks/kv_handoff.py --device cuda       two processes on one GPU, under an MPS daemon of their own
+    python benchmarks/kv_handoff.py --device peers      a GPU for each
 
 `ms` is from "all layers are ready" in the prefill process to "landed and verified" in the decode process. The claim was
 granted and the chunk announced before, as in a worker, where computing a prompt takes longer than that; in `with claim`
 they come after the layers. The methods take turns in the same two processes; what is shown are medians. The bytes of each
 method are compared once for each case. Ours has digests on both sides; NIXL (WRITE, prepared descriptors, the receiver
 notified) and sockets have none. `memcpy` is one pass over the same blocks by one thread of one process; on a GPU
-`one process` gathers, copies and scatters in 16 MiB pieces on three streams. docs/benchmarks.md says more.
+`one process` gathers, copies and scatters in 16 MiB pieces on three streams, on two GPUs `peer copy` is one copy of torch's
+between them. docs/benchmarks.md says more.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from handoff_pair import MethodFailed, Pair
 from handoff_roles import Setup, run_role
 from measure import Progress, Row, machine, print_table, versions, write_json
 
-SCHEMES = ("ucx", "cma", "tcp")
-ALONE = ("memcpy", "one process")
+SCHEMES = ("cuda_ipc", "ucx", "cma", "tcp")
+ALONE = ("memcpy", "one process", "peer copy")
 WITHOUT_CLAIM = ("sockets", *ALONE)
 CONTIGUOUS_MIB = (1, 4, 16, 64, 256, 1024)
 SCATTERED_KIB = (16, 32, 64)
@@ -233,7 +235,7 @@ def compared(rows: list[Row]) -> list[Row]:
 def host_methods(nixl_site: str | None) -> list[str]:
     """What runs here, NIXL first."""
     installed = {point.name for point in entry_points(group="hocket.transports")}
-    schemes = [scheme for scheme in SCHEMES if scheme in installed]
+    schemes = [scheme for scheme in SCHEMES if scheme in installed and scheme != "cuda_ipc"]
     if find_spec("ucxx") is None and "ucx" in schemes:
         schemes.remove("ucx")
         print("ucxx is not installed: left ucx out", file=sys.stderr)
@@ -251,7 +253,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         if quick:
             cases = [contiguous(16), scattered(16)]
     else:
-        cases, methods = gpu_cases(device, quick=quick), ["nixl", "ucx", "one process"]
+        limit = "peer copy" if device == "peers" else "one process"
+        cases, methods = gpu_cases(device, quick=quick), ["nixl", "cuda_ipc", "ucx", limit]
     if arguments.methods:
         methods = [method for method in methods if method in arguments.methods.split(",")]
     if arguments.cases:
@@ -306,7 +309,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, a list of objects")
     parser.add_argument("--quick", action="store_true", help="two cases, three rounds: 20 s")
-    parser.add_argument("--device", choices=("host", "cuda", "interpreted"), default="host", help="where the KV lies")
+    parser.add_argument(
+        "--device", choices=("host", "cuda", "peers", "interpreted"), default="host", help="where the KV lies"
+    )
     parser.add_argument("--nixl-site", metavar="DIR", help="folder with nixl_cu12 or nixl_cu13 (default: installed)")
     parser.add_argument("--methods", metavar="NAMES", help="only these, with commas")
     parser.add_argument("--cases", metavar="PARTS", help="only cases whose name has one of these in it, with commas")
@@ -324,7 +329,7 @@ def main() -> None:
         with mps_daemon():
             run(plan, arguments.json, shows_rows=True)
     else:
-        run(plan, arguments.json, shows_rows=arguments.show_rows)
+        run(plan, arguments.json, shows_rows=arguments.show_rows or arguments.device == "peers")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Router and workers compute it alike, so KV events and prompts meet whatever hash
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import iter_unpack
 
 import xxhash
 
@@ -27,11 +28,8 @@ def block_hashes(packed_tokens: bytes, block_tokens: int, *, parent: int | None 
     digest = xxhash.xxh3_64_intdigest
     block_bytes = 4 * block_tokens
     previous = ROOT_SEED if parent is None else parent
-    hashes = []
-    for start in range(0, len(packed_tokens) - block_bytes + 1, block_bytes):
-        previous = digest(packed_tokens[start : start + block_bytes], seed=previous)
-        hashes.append(previous)
-    return hashes
+    whole = memoryview(packed_tokens)[: len(packed_tokens) // block_bytes * block_bytes]
+    return [previous := digest(block, previous) for (block,) in iter_unpack(f"{block_bytes}s", whole)]
 
 
 def block_hashes_of(token_ids: Sequence[int], block_tokens: int, *, parent: int | None = None) -> list[int]:

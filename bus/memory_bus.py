@@ -1,7 +1,9 @@
 """The bus in one process: the contract of `base.py` without a server, deterministic, on whatever clock the loop has.
 
 For `lab/` (virtual time) and for tests of single parts. Messages are delivered in the order they were published, in a later
-turn of the loop than they were published in; `MemoryBroker.stop` and `MemoryBus.drop` cut connections.
+turn of the loop than they were published in; `MemoryBroker.stop` and `MemoryBus.drop` cut connections. Everything between a
+bus and the broker goes through `MemoryBroker.send` and `MemoryBroker.deliver`, where a broker of another kind may be slow or
+lose it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from . import subjects
 from .base import (
@@ -24,12 +27,14 @@ from .base import (
     SettingChanged,
 )
 from .ids import WorkerId
+from .jetstream import API_TIMEOUT_S
 from .jobs import JobLimits
-from .memory_jobs import MemoryJobQueue, MemoryStore
+from .memory_jobs import MemoryJobQueue, MemoryStore, confirmed
 from .messages import WorkerCard, decode, encode
 from .server import MAX_PAYLOAD_BYTES
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 WAIT_CONNECTED_S = 10.0
 
@@ -45,7 +50,7 @@ class MemoryBroker:
         self._buses: dict[MemoryBus, None] = {}
         self._bus_numbers = itertools.count(1)
         self.is_running = True
-        self.store = MemoryStore(self, jobs or JobLimits())
+        self.store: MemoryStore = MemoryStore(self, jobs or JobLimits())
         self.cards: dict[WorkerId, bytes] = {}
         self.settings: dict[str, Setting] = {}
         self.setting_revisions = itertools.count(1)
@@ -85,6 +90,39 @@ class MemoryBroker:
             for subscription in [held_one for held_one in held if held_one.bus is bus]:
                 del held[subscription]
 
+    # ---- the way there and back
+
+    def send(self, bus: MemoryBus, effect: Callable[[], object]) -> None:
+        """Have `effect` happen at the broker, in a later turn of the loop, after what this bus has sent before."""
+        self.loop.call_soon(effect)
+
+    def deliver(self, bus: MemoryBus, call: Callable[..., object], *args: object) -> None:
+        """From the broker to a bus, in order."""
+        call(*args)
+
+    def hears(self, bus: MemoryBus) -> bool:
+        """Whether the broker sees a connection of this bus."""
+        return bus.is_connected
+
+    def serve(self, bus: MemoryBus, effect: Callable[[], T]) -> asyncio.Future[T]:
+        """Ask the durable side (queue, registry); the future stays open when it does not answer."""
+        answer: asyncio.Future[T] = self.loop.create_future()
+
+        def serve() -> None:
+            if not (self.is_running and self.store.is_available and self.hears(bus)):
+                return
+            try:
+                result = effect()
+            except BusError as error:
+                self.deliver(bus, _answer, answer, None, error)
+            else:
+                self.deliver(bus, _answer, answer, result, None)
+
+        self.send(bus, serve)
+        return answer
+
+    # ---- interests
+
     def add(self, subscription: MemorySubscription) -> None:
         """An interest."""
         if subscription.is_pattern:
@@ -108,11 +146,11 @@ class MemoryBroker:
         subject, one_above = delivery.subject, subjects.all_under(delivery.subject.rpartition(".")[0])
         takers = [*self._interests.get(subject, ()), *self._interests.get(one_above, ())]
         takers += [taker for taker in self._wildcards if matches(taker.subject, subject)]
-        takers = [taker for taker in takers if taker.bus.is_connected]
+        takers = [taker for taker in takers if self.hears(taker.bus)]
         if takers:
             for taker in self._one_of_each_queue(takers):
-                self._hand(taker, delivery)
-        elif delivery.reply and sender.is_connected:
+                self.deliver(taker.bus, self._hand, taker, delivery)
+        elif delivery.reply and self.hears(sender):
             self.route(sender, Delivery(delivery.reply, "", b"", True))
 
     def _one_of_each_queue(self, takers: list[MemorySubscription]) -> list[MemorySubscription]:
@@ -185,6 +223,11 @@ class MemoryBus:
         return self._settings
 
     @property
+    def broker(self) -> MemoryBroker:
+        """Where it is connected."""
+        return self._broker
+
+    @property
     def is_connected(self) -> bool:
         """Whether a message can be sent now."""
         return self._connected.is_set()
@@ -221,7 +264,6 @@ class MemoryBus:
         """Get the connection back."""
         self.is_dropped = False
         self.set_connected(self._broker.is_running)
-        self._broker.store.dispatch()
 
     def fail(self, reason: str) -> None:
         """As when the server refuses us for good."""
@@ -234,6 +276,7 @@ class MemoryBus:
             return
         if is_connected:
             self._connected.set()
+            self._jobs.on_connected()
         else:
             self._connected.clear()
             for waiter in self._waiting.values():
@@ -266,11 +309,12 @@ class MemoryBus:
         """Queue a message for a later turn of the loop; False while disconnected."""
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"payload of {len(payload)} B exceeds the server's max_payload of {MAX_PAYLOAD_BYTES} B")
-        if not subject or any(letter.isspace() for letter in subject + reply):
+        if not subject or (subject + reply).split() != [subject + reply]:
             raise ValueError(f"not a subject: {subject!r} (reply {reply!r})")
         if not self.is_connected:
             return False
-        self._broker.loop.call_soon(self._broker.route, self, Delivery(subject, reply, payload))
+        delivery = Delivery(subject, reply, payload)
+        self._broker.send(self, lambda: self._broker.route(self, delivery))
         return True
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> MemorySubscription:
@@ -322,27 +366,26 @@ class MemoryRegistry:
 
     async def put(self, card: WorkerCard) -> None:
         """Store the card."""
-        await self._reach()
-        self._broker.cards[card.worker_id] = encode(card)
+        await self._ask(lambda: self._broker.cards.__setitem__(card.worker_id, encode(card)))
 
     async def get(self, worker: WorkerId) -> WorkerCard | None:
         """The card, or None."""
-        await self._reach()
-        payload = self._broker.cards.get(worker)
+        payload = await self._ask(lambda: self._broker.cards.get(worker))
         return None if payload is None else _card(payload)
 
     async def delete(self, worker: WorkerId) -> None:
         """Forget the card."""
-        await self._reach()
-        self._broker.cards.pop(worker, None)
+        await self._ask(lambda: self._broker.cards.pop(worker, None))
 
     async def list(self) -> list[WorkerCard]:
         """All cards, by worker id."""
-        await self._reach()
-        return [_card(self._broker.cards[worker]) for worker in sorted(self._broker.cards)]
+        cards = await self._ask(lambda: dict(self._broker.cards))
+        return [_card(cards[worker]) for worker in sorted(cards)]
 
-    async def _reach(self) -> None:
-        await _reach(self._bus)
+    async def _ask(self, effect: Callable[[], T]) -> T:
+        if not self._bus.is_connected:
+            raise BusDisconnected("no connection to the broker")
+        return await confirmed(self._bus, effect, "a card", timeout_s=API_TIMEOUT_S)
 
 
 class MemorySettings:
@@ -354,23 +397,29 @@ class MemorySettings:
 
     async def get(self, key: str) -> Setting | None:
         """The newest, or None."""
-        await _reach(self._bus)
-        return self._broker.settings.get(subjects.token(key))
+        token = subjects.token(key)
+        return await self._ask(lambda: self._broker.settings.get(token))
 
     async def put(self, key: str, value: bytes, *, after: int | None) -> int:
         """Store it in place of revision `after`."""
-        await _reach(self._bus)
-        held = self._broker.settings.get(subjects.token(key))
-        if (held.revision if held else None) != after:
+        token = subjects.token(key)
+
+        def store() -> int | None:
+            held = self._broker.settings.get(token)
+            if (held.revision if held else None) != after:
+                return None
+            stored = self._broker.settings[token] = Setting(value, next(self._broker.setting_revisions))
+            return stored.revision
+
+        revision = await self._ask(store)
+        if revision is None:
             raise SettingChanged(f"the setting {key!r} was changed by somebody else")
-        self._broker.settings[key] = Setting(value, next(self._broker.setting_revisions))
-        return self._broker.settings[key].revision
+        return revision
 
-
-async def _reach(bus: MemoryBus) -> None:
-    await asyncio.sleep(0)
-    if not bus.is_connected:
-        raise BusDisconnected("no connection to the broker")
+    async def _ask(self, effect: Callable[[], T]) -> T:
+        if not self._bus.is_connected:
+            raise BusDisconnected("no connection to the broker")
+        return await confirmed(self._bus, effect, "a setting", timeout_s=API_TIMEOUT_S)
 
 
 def matches(pattern: str, subject: str) -> bool:
@@ -388,6 +437,15 @@ def _card(payload: bytes) -> WorkerCard:
     card = decode(payload)
     assert isinstance(card, WorkerCard)
     return card
+
+
+def _answer(waiter: asyncio.Future[T], result: T, error: BusError | None) -> None:
+    if waiter.done():
+        return
+    if error is not None:
+        waiter.set_exception(error)
+    else:
+        waiter.set_result(result)
 
 
 def _expire(waiter: asyncio.Future[Delivery], subject: str, timeout_s: float) -> None:

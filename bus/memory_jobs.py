@@ -7,17 +7,19 @@ import heapq
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from . import subjects
 from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable, Room
-from .jobs import DEDUP_WINDOW_S, JobLimits, check_job
-from .jobs_pull import CONFIRM_TIMEOUT_S, one_job
+from .jobs import DEDUP_WINDOW_S, PUBLISH_RETRY_S, JobLimits, check_job
+from .jobs_pull import CONFIRM_TIMEOUT_S, CONFIRM_TRY_S, PULL_EXPIRES_S, one_job
 
 if TYPE_CHECKING:
     from .memory_bus import MemoryBroker, MemoryBus
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class _Stored:
@@ -40,7 +42,7 @@ class _Lane:
     def __init__(self) -> None:
         self.again: deque[_Stored] = deque()  # before new ones, as JetStream does
         self.fresh: deque[_Stored] = deque()
-        self.waiting: deque[MemoryJobPuller] = deque()
+        self.waiting: dict[MemoryJobPuller, float] = {}  # who waits, in order -> until when
 
 
 class MemoryStore:
@@ -88,6 +90,15 @@ class MemoryStore:
             job.timer.cancel()
         return True
 
+    def acked(self, sequence: int, bus: MemoryBus) -> None:
+        """This bus says that the effect has happened."""
+        self.remove(sequence)
+
+    def payload(self, sequence: int) -> bytes | None:
+        """A job that is stored."""
+        job = self._jobs.get(sequence)
+        return None if job is None else job.payload
+
     def extend(self, sequence: int) -> None:
         """Restart the wait for an ack."""
         job = self._jobs.get(sequence)
@@ -124,17 +135,12 @@ class MemoryStore:
 
     def _report(self, job: _Stored) -> None:
         """To one watcher, in turn; without one it stays until its time to live ends."""
-        watch = next((watch for watch in self._watchers if watch.bus.is_connected), None)
+        watch = next((watch for watch in self._watchers if self._broker.hears(watch.bus)), None)
         if watch is None:
             return
         del self._watchers[watch]
         self._watchers[watch] = None
-        try:
-            watch.handler(job.payload)
-        except Exception:  # As on NATS: a handler's bug costs this report only.
-            log.exception("the handler of an exhausted job failed")
-            return
-        self.remove(job.sequence)
+        self._broker.deliver(watch.bus, watch.report, job.sequence, job.payload)
 
     def _lane(self, subject: str) -> _Lane:
         lane = self._lanes.get(subject)
@@ -147,35 +153,49 @@ class MemoryStore:
             self.remove(heapq.heappop(self._expiry)[1])
 
     def wait(self, subject: str, puller: MemoryJobPuller) -> None:
-        """A puller has room for a job."""
-        waiting = self._lane(subject).waiting
-        if puller not in waiting:
-            waiting.append(puller)
+        """A puller has room for a job, and says so again before long."""
+        self._lane(subject).waiting[puller] = self._broker.now() + PULL_EXPIRES_S
         self.dispatch()
 
     def leave(self, subject: str, puller: MemoryJobPuller) -> None:
         """A puller waits no more."""
-        waiting = self._lane(subject).waiting
-        if puller in waiting:
-            waiting.remove(puller)
+        self._lane(subject).waiting.pop(puller, None)
+
+    def forget(self, bus: MemoryBus) -> None:
+        """Its connection is gone, and with it whatever it waited for."""
+        for lane in self._lanes.values():
+            for puller in [puller for puller in lane.waiting if puller.bus is bus]:
+                del lane.waiting[puller]
+
+    def repeat(self, is_lost: Callable[[], bool]) -> None:
+        """As after a crash: deliveries that were not written down did not happen."""
+        for job in list(self._jobs.values()):
+            if job.is_out and is_lost():
+                job.delivery -= 1
+                self._again(job)
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that are stored."""
+        self._expire(self._broker.now())
+        return len(self._jobs)
 
     def dispatch(self) -> None:
         """Jobs to whoever waits and is connected, in order."""
         if not (self._broker.is_running and self.is_available):
             return
-        self._expire(self._broker.now())
+        now = self._broker.now()
+        self._expire(now)
         for lane in self._lanes.values():
             while (job := self._first(lane)) is not None:
-                puller = next((puller for puller in lane.waiting if puller.bus.is_connected), None)
+                puller = self._next_puller(lane, now)
                 if puller is None:
                     break
-                lane.waiting.remove(puller)
-                puller.deliver(self._hand_out(lane, job, puller.bus))
+                del lane.waiting[puller]
+                self._broker.deliver(puller.bus, puller.deliver, self._hand_out(lane, job, puller.bus))
 
     def take(self, subject: str, bus: MemoryBus) -> MemoryJob | None:
         """The next job of a lane, if there is one now."""
-        if not (self._broker.is_running and self.is_available):
-            return None
         self._expire(self._broker.now())
         lane = self._lane(subject)
         job = self._first(lane)
@@ -187,6 +207,14 @@ class MemoryStore:
         job.is_out = True
         self._start_timer(job, self.limits.ack_wait_s)
         return MemoryJob(bus, self, job, behind=len(lane.again) + len(lane.fresh))
+
+    def _next_puller(self, lane: _Lane, now: float) -> MemoryJobPuller | None:
+        for puller, until in list(lane.waiting.items()):
+            if until <= now:
+                del lane.waiting[puller]
+            elif self._broker.hears(puller.bus):
+                return puller
+        return None
 
     def _first(self, lane: _Lane) -> _Stored | None:
         for queue in (lane.again, lane.fresh):
@@ -213,6 +241,15 @@ class MemoryWatch:
         self.handler = handler
         self._store = store
 
+    def report(self, sequence: int, payload: bytes) -> None:
+        """Handle first, remove after, as on NATS; a handler's bug costs this report only."""
+        try:
+            self.handler(payload)
+        except Exception:
+            log.exception("the handler of an exhausted job failed")
+            return
+        self.bus.broker.send(self.bus, partial(self._store.remove, sequence))
+
     async def unsubscribe(self) -> None:
         """No report starts after this returns."""
         self._store.unwatch(self)
@@ -232,21 +269,21 @@ class MemoryJobQueue:
         return self._store.limits
 
     async def publish(self, subject: str, payload: bytes, *, job_id: str, ttl_s: float) -> int:
-        """Store a job; its sequence number."""
+        """Store a job, trying again under the same id for `publish_timeout_s`; its sequence number."""
         check_job(payload, job_id, ttl_s, self.limits)
         if not self._bus.is_connected:
             raise BusDisconnected("no connection to the broker")
-        await asyncio.sleep(0)
-        if not (self._bus.is_connected and self._store.is_available):
-            await asyncio.sleep(self.limits.publish_timeout_s)
-            if not (self._bus.is_connected and self._store.is_available):
-                raise QueueUnavailable(f"the work queue did not confirm job {job_id}")
-        return self._store.put(subject, payload, job_id, ttl_s)
+        return await confirmed(
+            self._bus,
+            lambda: self._store.put(subject, payload, job_id, ttl_s),
+            f"job {job_id}",
+            timeout_s=self.limits.publish_timeout_s,
+            try_s=self.limits.publish_try_s,
+        )
 
     async def take(self, subject: str) -> MemoryJob | None:
         """The next job of a lane if there is one now."""
-        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
-        return self._store.take(subject, self._bus)
+        return await confirmed(self._bus, lambda: self._store.take(subject, self._bus), f"a job of {subject}")
 
     async def puller(self, subject: str, room: Room = one_job) -> MemoryJobPuller:
         """One open pull on the jobs of `subject`."""
@@ -257,14 +294,18 @@ class MemoryJobQueue:
 
     async def delete(self, sequence: int) -> bool:
         """Remove a job; False when it was not there."""
-        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
-        return self._store.remove(sequence)
+        return await confirmed(self._bus, lambda: self._store.remove(sequence), f"the end of job {sequence}")
 
     def nak_for(self, ack_subject: str, delay_s: float = 0.0) -> None:
         """Give a dead worker's job back."""
         if self._bus.is_connected:
             sequence = int(subjects.last_token(ack_subject))
-            asyncio.get_running_loop().call_soon(self._store.give_back, sequence, delay_s)
+            self._bus.broker.send(self._bus, partial(self._store.give_back, sequence, delay_s))
+
+    def on_connected(self) -> None:
+        """The broker may have forgotten who waits."""
+        for puller in self._pullers:
+            puller.ask()
 
     async def watch_exhausted(self, handler: Callable[[bytes], None]) -> MemoryWatch:
         """Call `handler(payload)` for each job delivered in vain."""
@@ -298,16 +339,19 @@ class MemoryJobPuller:
         waiter: asyncio.Future[MemoryJob] = asyncio.get_running_loop().create_future()
         self._waiter = waiter
         try:
-            self.room_changed()
-            return await waiter
+            while True:
+                self.ask()
+                await asyncio.wait([waiter], timeout=PULL_EXPIRES_S)
+                if waiter.done():
+                    return waiter.result()
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._store.give_back(waiter.result().sequence, 0.0)  # It came in the same turn.
+                self._give_back(waiter.result())  # It came in the same turn.
             raise
         finally:
             self._waiter = None
             self._has_asked = False
-            self._store.leave(self._subject, self)
+            self._leave()
 
     @property
     def outstanding(self) -> int:
@@ -316,26 +360,36 @@ class MemoryJobPuller:
 
     def room_changed(self) -> None:
         """Wait for a job, or wait no more."""
-        if self._waiter is None or self._waiter.done():
+        if self._has_asked != (self._room() > 0):
+            self.ask()
+
+    def ask(self) -> None:
+        """Tell the broker that we wait, if we do and have room; else that we wait no more."""
+        if self._waiter is None or self._waiter.done() or not self.bus.is_connected:
             return
         self._has_asked = self._room() > 0
         if self._has_asked:
-            self._store.wait(self._subject, self)
+            self.bus.broker.send(self.bus, partial(self._store.wait, self._subject, self))
         else:
-            self._store.leave(self._subject, self)
+            self._leave()
 
     def deliver(self, job: MemoryJob) -> None:
         """Called by the store."""
-        assert self._waiter is not None
-        if self._waiter.done():
-            self._store.give_back(job.sequence, 0.0)
+        if self._waiter is None or self._waiter.done():
+            self._give_back(job)
         else:
             self._waiter.set_result(job)
+
+    def _give_back(self, job: MemoryJob) -> None:
+        self.bus.broker.send(self.bus, partial(self._store.give_back, job.sequence, 0.0))
+
+    def _leave(self) -> None:
+        self.bus.broker.send(self.bus, partial(self._store.leave, self._subject, self))
 
     async def aclose(self) -> None:
         """Wait no more."""
         self._is_closed = True
-        self._store.leave(self._subject, self)
+        self._leave()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(BusError("the puller was closed while somebody waited on it"))
 
@@ -370,19 +424,45 @@ class MemoryJob:
 
     async def ack(self) -> None:
         """Returns when the queue has removed the job."""
-        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
-        self._store.remove(self.sequence)
+        await confirmed(
+            self._bus, partial(self._store.acked, self.sequence, self._bus), f"the ack of job {self.sequence}"
+        )
 
     async def nak(self, delay_s: float = 0.0) -> None:
-        """Give it back."""
-        await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
-        self._store.give_back(self.sequence, delay_s)
+        """Give it back; unheard, it comes again after `ack_wait_s`."""
+        if self._bus.is_connected:
+            await asyncio.wait(
+                [self._bus.broker.serve(self._bus, partial(self._store.give_back, self.sequence, delay_s))],
+                timeout=CONFIRM_TRY_S,
+            )
 
     async def in_progress(self) -> None:
         """Restart `ack_wait_s`."""
         if self._bus.is_connected:
-            self._store.extend(self.sequence)
+            self._bus.broker.send(self._bus, partial(self._store.extend, self.sequence))
 
     async def term(self, reason: str) -> None:
         """Remove it without an effect."""
-        await self.ack()
+        await confirmed(self._bus, partial(self._store.remove, self.sequence), f"the end of job {self.sequence}")
+
+
+async def confirmed(
+    bus: MemoryBus,
+    effect: Callable[[], T],
+    what: str,
+    *,
+    timeout_s: float = CONFIRM_TIMEOUT_S,
+    try_s: float = CONFIRM_TRY_S,
+) -> T:
+    """Have `effect` happen at the broker at least once, asking again until it answers. Raises QueueUnavailable."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while True:
+        if bus.is_connected:
+            answer = bus.broker.serve(bus, effect)
+            await asyncio.wait([answer], timeout=max(0.0, min(try_s, deadline - loop.time())))
+            if answer.done():
+                return answer.result()
+        if loop.time() + PUBLISH_RETRY_S >= deadline:
+            raise QueueUnavailable(f"the broker did not confirm {what} in {timeout_s:g} s")
+        await asyncio.sleep(PUBLISH_RETRY_S)

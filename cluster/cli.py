@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from ..lab.cli import add_commands as add_lab_commands
 from ..router.config import RouterConfig
 from ..workers.config import WorkerConfig
 from . import config as cluster
@@ -111,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     path = actions.add_parser("path", help="print the folder of a model", description="Print the folder of a model.")
     path.add_argument("name", metavar="NAME", help="a folder, a Hugging Face id (fetched unless cached), or demo")
     path.set_defaults(run=_model)
+    add_lab_commands(commands)
     return parser
 
 

@@ -86,8 +86,8 @@ def best_gb_per_s(link: RankLink) -> float:
 
 
 def lanes_of(transport: str) -> list[str]:
-    """ "ucx(sysv,tcp)" -> sysv, tcp; none of other transports."""
-    return transport.partition("(")[2].rstrip(")").split(",") if "(" in transport else []
+    """ "ucx(sysv,tcp)" -> sysv, tcp; of another transport its own name."""
+    return transport.partition("(")[2].rstrip(")").split(",") if "(" in transport else [transport]
 
 
 def _has_shared_memory(link: RankLink) -> bool:
@@ -251,7 +251,8 @@ def _no_device_lane(pair: PairFacts, link: RankLink) -> Finding:
 
 def _no_cuda_ipc(pair: PairFacts, link: RankLink) -> Iterable[tuple[str, str]]:
     if not link.transport.startswith("ucx"):
-        yield "the link is not UCX", "install ucxx and start both workers with --transports ucx,tcp"
+        advice = "start both workers with --transports ucx,tcp; their logs say why cuda_ipc was passed over"
+        yield "the link is neither cuda_ipc nor UCX", advice
     for side in (pair.prefill, pair.decode):
         facts = side.facts
         if facts is None:

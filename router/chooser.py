@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import RequestId, WorkerId
+from .generation import Generation
 from .index import PrefixIndex
 from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, PrefillView, RequestView, WorkerView
 from .policies.basic import LeastLoaded
 from .policy_set import PolicySet, Trace
-from .view import ClusterView, Member, prefill_view, worker_view
+from .predicted import APPROXIMATE_TTL_S, PREDICTED_TTL_S, PredictedIndex
+from .view import ClusterView, prefill_view, worker_view
+from .work import PlacedWork
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,21 @@ class Ask:
     session_id: str = ""
     priority: int = 0
 
+    @classmethod
+    def of(cls, generation: Generation) -> Ask:
+        """What has to be known of it."""
+        parent = chain_seed(generation.salt)
+        return cls(
+            request_id=generation.request_id,
+            model=generation.model,
+            prompt_tokens=generation.prompt_tokens,
+            max_tokens=generation.sampling.max_tokens,
+            hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
+            deadline_s=generation.deadline_s,
+            tenant=generation.tenant,
+            priority=generation.priority,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -48,6 +67,18 @@ class Chosen:
     candidates: tuple[WorkerView, ...]
     is_fallback: bool  # the policy failed, least loaded chose
     trace: Trace | None = None  # with a PolicySet: who decided
+
+    told_blocks: int = 0  # of the worker's hit, those that its events tell of
+    hashes: Mapping[int, Sequence[int]] = field(default_factory=dict)  # by tokens a block
+
+    @property
+    def waits_for(self) -> tuple[WorkerId | None, int]:
+        """Who computes the prompt (None: any prefill worker), and how many of its tokens."""
+        lanes = [prefill for prefill in self.request.prefill if prefill.worker_id == self.choice.lane]
+        if self.plan != "local" and not lanes:
+            return None, self.request.prompt_tokens
+        where = self.worker if self.plan == "local" else lanes[0]
+        return where.worker_id, max(1, self.request.prompt_tokens - where.hit_blocks * where.block_tokens)
 
     def outcome(
         self, *, prefill_worker: WorkerId | None, cached_tokens: int | None, ttft_s: float | None, itl_s: float | None,
@@ -76,6 +107,9 @@ class Chooser:
         self.failures = 0
         self._view = view
         self._index = index
+        self._predicted = PredictedIndex()
+        self._work = PlacedWork()
+        self.waiting_elsewhere: Callable[[WorkerId | None], int] = lambda lane: 0  # tokens of other routers' jobs
         self._local_prefill_tokens_max = local_prefill_tokens_max
         self._rng = rng
         self._fallback = LeastLoaded()
@@ -86,21 +120,55 @@ class Chooser:
         if not members:
             return None
         prefill = self._view.prefill_members(ask.model, {member.card.fingerprint for member in members})
-        hits = self._hit_blocks(ask, [*members, *prefill])
-        workers = [worker_view(member, hits.get(member.card.worker_id, 0)) for member in members]
-        request = self._request_view(ask, [prefill_view(m, hits.get(m.card.worker_id, 0)) for m in prefill])
+        sizes = {member.card.block_tokens for member in (*members, *prefill)}
+        hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes} if ask.prompt_tokens else {}
+        told, hits = self._hit_blocks(hashes, now)
+        workers = [worker_view(m, hits.get(m.card.worker_id, 0), self._work.tokens(m.card.worker_id)) for m in members]
+        request = self._request_view(
+            ask,
+            [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in prefill],
+        )
         choice, chosen, is_fallback, trace = self._pick(request, workers, now)
         plan = choice.plan or request.default_plan(chosen)
-        card = members[workers.index(chosen)].card
+        card = next(member.card for member in members if member.card.worker_id == chosen.worker_id)
         ranks = self._view.prefill_ranks(ask.model, card.fingerprint)
         if not ranks or not card.handoff_addresses:
             plan = "local"
-        return Chosen(choice, plan, chosen, ranks or 1, request, tuple(workers), is_fallback, trace)
+        told_blocks = told.get(chosen.worker_id, 0)
+        return Chosen(
+            choice, plan, chosen, ranks or 1, request, tuple(workers), is_fallback, trace, told_blocks, hashes
+        )  # fmt: skip
+
+    def placed(self, chosen: Chosen, now: float) -> None:
+        """It goes there: its blocks count as held by the worker, and by the prefill worker of its lane."""
+        self._work.place(chosen.request.request_id, *chosen.waits_for)
+        self._predict(chosen, chosen.worker.worker_id, now)
+        if chosen.plan == "remote" and chosen.choice.lane is not None:
+            self._predict(chosen, chosen.choice.lane, now)
+
+    def claimed(self, chosen: Chosen, prefill_worker: WorkerId, now: float) -> None:
+        """A prefill worker computes it now."""
+        self._work.claim(chosen.request.request_id, prefill_worker)
+        self._predict(chosen, prefill_worker, now)
+
+    def released(self, chosen: Chosen) -> None:
+        """It failed, or goes elsewhere: what it alone would have brought to the decode worker is not there."""
+        self.computed(chosen)
+        worker = chosen.worker
+        hashes = chosen.hashes.get(worker.block_tokens, ())
+        self._predicted.released(worker.worker_id, chosen.request.request_id, hashes)
+
+    def computed(self, chosen: Chosen) -> None:
+        """Its prompt is computed, or nobody will."""
+        self._work.done(chosen.request.request_id)
 
     def observe(self, outcome: Outcome, now: float) -> None:
         """Tell the policy how a request ended, if it wants to know."""
         if isinstance(self.policy, ObservingPolicy):
             self.policy.observe(outcome, now)
+
+    def _waiting(self, lane: WorkerId | None) -> int:
+        return self._work.tokens(lane) + self.waiting_elsewhere(lane)
 
     def _pick(
         self, request: RequestView, workers: list[WorkerView], now: float
@@ -131,12 +199,29 @@ class Chooser:
             priority=ask.priority,
             deadline_s=ask.deadline_s,
             prefill=tuple(prefill),
+            queued_prefill_tokens=self._waiting(None),
         )
 
-    def _hit_blocks(self, ask: Ask, members: list[Member]) -> dict[WorkerId, int]:
-        if not len(self._index):
-            return {}
+    def _predict(self, chosen: Chosen, worker: WorkerId, now: float) -> None:
+        member = self._view.get(worker)
+        if member is None or not (hashes := chosen.hashes.get(member.card.block_tokens)):
+            return
+        ttl_s = PREDICTED_TTL_S if member.index_mode == "exact" else APPROXIMATE_TTL_S
+        self._predicted.placed(
+            worker, chosen.request.request_id, hashes, until_s=now + ttl_s, capacity=member.card.kv_blocks
+        )
+
+    def _hit_blocks(
+        self, hashes: Mapping[int, Sequence[int]], now: float
+    ) -> tuple[dict[WorkerId, int], dict[WorkerId, int]]:
+        """What the workers' events tell, and the same with what we expect: the longer run of the two counts."""
+        for worker in self._predicted.workers():
+            if self._view.get(worker) is None:
+                self._predicted.remove_worker(worker)
+        told: dict[WorkerId, int] = {}
         hits: dict[WorkerId, int] = {}
-        for block_tokens in sorted({member.card.block_tokens for member in members}):
-            hits |= self._index.hit_blocks(ask.hashes(block_tokens))
-        return hits
+        for _, chain in sorted(hashes.items()):
+            told |= self._index.hit_blocks(chain)
+            expected = self._predicted.hit_blocks(chain, now)
+            hits |= {worker: max(blocks, told.get(worker, 0)) for worker, blocks in expected.items()}
+        return told, told | hits

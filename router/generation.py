@@ -103,6 +103,9 @@ class TokenStreams(Protocol):
     def rebind(self, stream_id: int, attempt: int) -> None:
         """Only tokens of `attempt` count from now on; the stream keeps its place (its next index)."""
 
+    def next_index(self, stream_id: int) -> int | None:
+        """The next token that the stream waits for; None when it is not open."""
+
     def fail(self, stream_id: int, failure: Failure) -> None:
         """End the stream with one error event; unknown ids are ignored."""
 

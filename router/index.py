@@ -1,14 +1,21 @@
 """Which leading blocks of a prompt are in which worker's prefix cache. Pure state, fed by KV events.
 
-`BlockStored` and `BlockRemoved` carry Hocket's own chained hashes, so a hash stands for the whole prefix up to it.
+`BlockStored` and `BlockRemoved` carry Hocket's own chained hashes, so a hash stands for the whole prefix up to it. The
+answer is exact whatever the order of events: a hole in the middle of a chain ends the run there. A search that gallops over
+the chain would be wrong at a hole, and to know that there is none costs more memory than the blocks themselves; every block
+is looked at instead, at the speed of C (`map` and `groupby`), which pays because neighbours mostly have the same holders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from ..bus.ids import WorkerId
 from ..bus.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
+
+SETS_MAX = 4096
+"""Distinct holder sets that are remembered, looked at once a message; past it all are forgotten, which costs no answer."""
 
 
 class PrefixIndex:
@@ -19,6 +26,8 @@ class PrefixIndex:
         self._bits: dict[WorkerId, int] = {}
         self._held: dict[WorkerId, set[int]] = {}
         self._free_bits: list[int] = []
+        self._sets: dict[int, int] = {}  # equal sets are one object: less memory, and groupby compares identities
+        self._workers_of: dict[int, tuple[WorkerId, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -39,6 +48,7 @@ class PrefixIndex:
             self.clear(worker)
             del self._held[worker]
             self._free_bits.append(self._bits.pop(worker).bit_length() - 1)
+            self._workers_of.clear()  # The bit may be another worker's soon.
 
     def apply(self, worker: WorkerId, events: Iterable[KvEvent]) -> None:
         """Take over what changed; events of an unknown worker are ignored."""
@@ -49,43 +59,65 @@ class PrefixIndex:
                 case BlockStored():
                     self.store(worker, event.hashes)
                 case BlockRemoved():
-                    self._drop(worker, event.hashes)
+                    self.drop(worker, event.hashes)
                 case AllBlocksCleared():
                     self.clear(worker)
 
     def store(self, worker: WorkerId, hashes: Iterable[int]) -> None:
         """The worker holds these blocks now."""
         bit, held, holders = self._bits[worker], self._held[worker], self._holders
-        for block_hash in hashes:
-            holders[block_hash] = holders.get(block_hash, 0) | bit
-            held.add(block_hash)
+        fresh = [block_hash for block_hash in hashes if block_hash not in held]
+        one = self._sets_with_room().setdefault
+        for block_hash in fresh:
+            bits = holders.get(block_hash, 0) | bit
+            holders[block_hash] = one(bits, bits)
+        held.update(fresh)
 
     def clear(self, worker: WorkerId) -> None:
         """The worker holds nothing now."""
-        self._drop(worker, list(self._held[worker]))
+        self.drop(worker, list(self._held[worker]))
 
-    def hit_blocks(self, hashes: Sequence[int]) -> dict[WorkerId, int]:
-        """For each worker with at least one hit, how many leading blocks of the prompt it holds."""
-        alive, depth_of, depth = 0, {}, 0
-        for depth, block_hash in enumerate(hashes):
-            holders = self._holders.get(block_hash, 0)
-            alive_here = holders if depth == 0 else alive & holders
-            if lost := alive & ~alive_here:
-                depth_of[lost] = depth
-            alive = alive_here
-            if not alive:
-                break
-        if alive:
-            depth_of[alive] = depth + 1
-        return {worker: blocks for worker, bit in self._bits.items() for bits, blocks in depth_of.items() if bits & bit}
-
-    def _drop(self, worker: WorkerId, hashes: Iterable[int]) -> None:
+    def drop(self, worker: WorkerId, hashes: Iterable[int]) -> None:
+        """The worker holds these blocks no more; blocks it did not hold are ignored."""
         bit, held, holders = self._bits[worker], self._held[worker], self._holders
+        one = self._sets_with_room().setdefault
         for block_hash in hashes:
             if block_hash not in held:
                 continue
             held.remove(block_hash)
             if left := holders[block_hash] & ~bit:
-                holders[block_hash] = left
+                holders[block_hash] = one(left, left)
             else:
                 del holders[block_hash]
+
+    def hit_blocks(self, hashes: Sequence[int]) -> dict[WorkerId, int]:
+        """For each worker with at least one hit, how many leading blocks of the prompt it holds."""
+        hits: dict[WorkerId, int] = {}
+        alive, depth = -1, 0  # -1: all bits
+        for holders, run in groupby(map(self._holders.get, hashes)):
+            still = alive & (holders or 0)
+            if still != alive:
+                if depth:
+                    for worker in self._named(alive & ~still):
+                        hits[worker] = depth
+                alive = still
+                if not alive:
+                    return hits
+            depth += len(list(run))
+        if depth:
+            hits.update(dict.fromkeys(self._named(alive), depth))
+        return hits
+
+    def _named(self, bits: int) -> tuple[WorkerId, ...]:
+        workers = self._workers_of.get(bits)
+        if workers is None:
+            if len(self._workers_of) >= SETS_MAX:
+                self._workers_of.clear()
+            workers = tuple(worker for worker, bit in self._bits.items() if bits & bit)
+            self._workers_of[bits] = workers
+        return workers
+
+    def _sets_with_room(self) -> dict[int, int]:
+        if len(self._sets) >= SETS_MAX:
+            self._sets.clear()
+        return self._sets

@@ -19,6 +19,7 @@ class FeedMode(Enum):
 
     EXACT = "exact"
     CATCHING_UP = "catching_up"
+    APPROXIMATE = "approximate"  # events are applied, but they are not the whole truth
 
 
 class KvFeed:
@@ -29,6 +30,8 @@ class KvFeed:
         self._worker = worker
         self._seq = 0
         self._held: list[KvEvents] = []
+        self._is_whole = True  # the last snapshot was not cut
+        self._is_doubted = False  # the engine does not confirm it
         self.mode = FeedMode.CATCHING_UP
         index.add_worker(worker)
 
@@ -48,13 +51,16 @@ class KvFeed:
 
     def on_heartbeat(self, seq: int) -> bool:
         """The worker has sent events up to `seq`; True when some are missing and a snapshot has to be fetched now."""
-        if self.mode is FeedMode.EXACT and seq > self._seq:
+        if self.mode is not FeedMode.CATCHING_UP and seq > self._seq:
             self.mode = FeedMode.CATCHING_UP
             return True
         return False
 
     def on_snapshot(self, snapshot: KvSnapshot) -> bool:
-        """Start over from the snapshot and what was held since; True when another one is needed."""
+        """Start over from the snapshot and what was held since; True when another one is needed.
+
+        A snapshot that was cut leaves the worker APPROXIMATE: what it lacks may be there all the same.
+        """
         hashes = array.array("Q")
         hashes.frombytes(snapshot.hashes)
         if sys.byteorder == "big":
@@ -63,11 +69,24 @@ class KvFeed:
         self._index.store(self._worker, hashes)
         self._seq = snapshot.seq
         held, self._held = self._held, []
-        self.mode = FeedMode.EXACT
+        self._is_whole = snapshot.is_complete
+        self.mode = self._settled()
         is_short = False
         for message in held:  # After a gap the rest is held again, so every message must be seen.
             is_short = self.on_events(message) or is_short
         return is_short
+
+    def on_truth(self, *, has_drifted: bool) -> bool:
+        """Whether what the engine reports has drifted from the index; True when a snapshot has to be fetched now."""
+        is_new = has_drifted and not self._is_doubted
+        self._is_doubted = has_drifted
+        if self.mode is FeedMode.CATCHING_UP:
+            return False
+        self.mode = self._settled()
+        return is_new
+
+    def _settled(self) -> FeedMode:
+        return FeedMode.EXACT if self._is_whole and not self._is_doubted else FeedMode.APPROXIMATE
 
     def _apply(self, seq: int, events: list[KvEvent]) -> None:
         self._seq = seq

@@ -23,9 +23,11 @@ from ..bus.messages import (
     decode,
     encode,
 )
+from .chooser import Chosen
 from .index import PrefixIndex
-from .kv_feed import KvFeed
+from .kv_feed import FeedMode, KvFeed
 from .metrics import RouterMetrics
+from .truth import TruthCheck
 from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ ASK_TIMEOUT_S = 2.0
 TICK_S = 0.25
 HEARD_S = 0.7  # the usual time between two heartbeats, and some
 WARM_MAX_S = 2.0
+PAUSE_S = 1.0
+"""A gap between ticks that means we were suspended ourselves: what the workers said meanwhile is still to be read."""
 SNAPSHOT_RETRY_S = 1.0
 """A snapshot that failed is asked for again after this long."""
 
@@ -59,6 +63,7 @@ class Membership:
         self._clock = clock
         self._on_lost = on_lost
         self._feeds: dict[WorkerId, KvFeed] = {}
+        self._truth = TruthCheck()
         self._asking: set[tuple[str, WorkerId]] = set()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -79,9 +84,14 @@ class Membership:
 
     async def watch(self) -> None:
         """Look for silent workers until cancelled."""
+        ticked_s = self._clock()
         while True:
             await asyncio.sleep(TICK_S)
-            suspects, dead = self.view.silent(self._clock())
+            now = self._clock()
+            if not self._bus.is_connected or now - ticked_s > PAUSE_S:
+                self.view.freeze(now)
+            ticked_s = now
+            suspects, dead = self.view.silent(now)
             for worker in suspects:
                 log.warning("worker silent", extra={"worker_id": worker})
                 self._ask("ping", worker, self._ping(worker))
@@ -95,6 +105,8 @@ class Membership:
             return
         log.warning("worker lost: %s", why, extra={"worker_id": worker})
         self._feeds.pop(worker, None)
+        self._truth.forget(worker)
+        self._metrics.forget_worker(worker)
         self.index.remove_worker(worker)
         self._metrics.worker_losses.labels(member.card.role).inc()
         self._count()
@@ -103,6 +115,30 @@ class Membership:
     def doubt(self, worker: WorkerId) -> None:
         """Something sent to the worker was not answered: ask it now instead of waiting for its silence."""
         self._ask("ping", worker, self._ping(worker))
+
+    def check_truth(self, chosen: Chosen, cached_tokens: int) -> None:
+        """What the engine had of the prompt in its cache, against what was predicted when it was chosen.
+
+        A worker that is not believed has to be right by its events alone to be believed again.
+        """
+        worker = chosen.worker
+        feed = self._feeds.get(worker.worker_id)
+        if feed is None:
+            return
+        blocks = worker.hit_blocks if feed.mode is FeedMode.EXACT else chosen.told_blocks
+        drift = self._truth.observe(
+            worker.worker_id, predicted_tokens=blocks * worker.block_tokens, cached_tokens=cached_tokens,
+            prompt_tokens=chosen.request.prompt_tokens,
+        )  # fmt: skip
+        self._metrics.index_drift.labels(worker.worker_id).set(drift)
+        if feed.on_truth(has_drifted=self._truth.has_drifted(worker.worker_id)):
+            log.warning("prefix index drifted: %.2f of the tokens", drift, extra={"worker_id": worker.worker_id})
+            self._ask("snapshot", worker.worker_id, self._fetch_snapshot(worker.worker_id))
+        self._show_mode(worker.worker_id, feed)
+
+    def _show_mode(self, worker: WorkerId, feed: KvFeed) -> None:
+        self.view.trust(worker, feed.mode.value)
+        self._metrics.show_mode(worker, feed.mode.value)
 
     # ---- what comes in
 
@@ -115,6 +151,7 @@ class Membership:
                 if not self.view.heard(heartbeat, self._clock()):
                     self._ask("card", heartbeat.worker_id, self._fetch_card(heartbeat))
                 elif (feed := self._feeds.get(heartbeat.worker_id)) and feed.on_heartbeat(heartbeat.kv_event_seq):
+                    self._show_mode(heartbeat.worker_id, feed)
                     self._ask("snapshot", heartbeat.worker_id, self._fetch_snapshot(heartbeat.worker_id))
             case Goodbye(worker_id=worker):
                 self.lost(worker, "goodbye")
@@ -128,6 +165,7 @@ class Membership:
         if member is None or feed is None or member.card.epoch != message.epoch:
             return
         if feed.on_events(message):
+            self._show_mode(message.worker_id, feed)
             self._ask("snapshot", message.worker_id, self._fetch_snapshot(message.worker_id))
 
     # ---- what is asked
@@ -153,9 +191,9 @@ class Membership:
         self.view.join(card, heartbeat, self._clock())
         log.info("worker joined", extra={"worker_id": worker})
         self._count()
-        if card.role == "decode":
-            self._feeds[worker] = KvFeed(self.index, worker)
-            self._ask("snapshot", worker, self._fetch_snapshot(worker))
+        feed = self._feeds[worker] = KvFeed(self.index, worker)
+        self._show_mode(worker, feed)
+        self._ask("snapshot", worker, self._fetch_snapshot(worker))
 
     async def _ping(self, worker: WorkerId) -> None:
         try:
@@ -178,8 +216,11 @@ class Membership:
                 continue
             if self._feeds.get(worker) is not feed:
                 return
-            if isinstance(answer, KvSnapshot) and not feed.on_snapshot(answer):
-                return
+            if isinstance(answer, KvSnapshot):
+                is_short = feed.on_snapshot(answer)
+                self._show_mode(worker, feed)
+                if not is_short:
+                    return
 
     async def _request(self, worker: WorkerId, question: Message) -> Message:
         subject = subjects.control(self._pool, worker)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from ..bus.ids import WorkerId
 
 _SECONDS = (
     0.001,
@@ -30,7 +34,8 @@ _SECONDS = (
 class RouterMetrics:
     """Everything /metrics shows of one router."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
         self.registry = registry
         self.requests = Counter(
             "hocket_requests", "Generations that ended, by outcome and plan", ["outcome", "plan"], registry=registry
@@ -80,12 +85,38 @@ class RouterMetrics:
             "hocket_policy_refused", "1 while the stored policy document cannot be used here", registry=registry
         )
         self.admission_refusals = Counter(
-            "hocket_admission_refusals", "Requests refused by limits before any work was queued", ["reason"],
-            registry=registry,
-        )  # fmt: skip
+            "hocket_admission_refusals", "Requests refused by limits, before any work", ["reason"], registry=registry
+        )
         self.queue_fallbacks = Counter(
-            "hocket_prefill_queue_fallbacks",
-            "Prefill jobs that did not go through the work queue",
-            ["to"],
+            "hocket_prefill_queue_fallbacks", "Prefill jobs that went past the work queue", ["to"], registry=registry
+        )
+        self.index_drift = Gauge(
+            "hocket_index_drift",
+            "Share of prompt tokens whose prefix hit was predicted wrongly, smoothed",
+            ["worker"],
             registry=registry,
         )
+        self.index_mode = Gauge(
+            "hocket_index_mode",
+            "1 for how far a worker's prefix index is trusted",
+            ["worker", "mode"],
+            registry=registry,
+        )
+        self._modes: dict[WorkerId, str] = {}
+
+    def show_mode(self, worker: WorkerId, mode: str) -> None:
+        """The worker's index is `exact`, `catching_up` or `approximate` now."""
+        before = self._modes.get(worker)
+        if before == mode:
+            return
+        if before is not None:
+            self.index_mode.remove(worker, before)
+        self.index_mode.labels(worker, mode).set(1)
+        self._modes[worker] = mode
+
+    def forget_worker(self, worker: WorkerId) -> None:
+        """Show nothing of a worker that has gone."""
+        if before := self._modes.pop(worker, None):
+            self.index_mode.remove(worker, before)
+            with contextlib.suppress(KeyError):  # Nothing was observed.
+                self.index_drift.remove(worker)

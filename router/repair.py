@@ -71,7 +71,8 @@ class TokenRepair:
                     payload = await self._bus.request(subject, encode(question), timeout_s=REPLAY_TIMEOUT_S)
                     decode_frame(payload)
                 except NoResponders:
-                    return  # The worker is gone: its loss ends or restarts the stream.
+                    await asyncio.sleep(REPLAY_TIMEOUT_S)  # After a restart of the server it may not be back yet.
+                    continue
                 except BusError:
                     continue
                 except msgspec.MsgspecError:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 
 from ..bus import subjects
 from ..bus.base import Bus, Delivery
-from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import HandoffToken, RequestId, RouterId, WorkerId
 from ..bus.jobs_pull import PULL_EXPIRES_S
 from ..bus.messages import (
@@ -30,13 +29,13 @@ from ..bus.messages import (
     decode,
     encode,
 )
-from .admission import Admission
 from .chooser import Ask, Chooser
 from .config import RouterConfig
 from .control import Control
 from .control_messages import PolicyConfig, Receipt
 from .dispatch import Dispatch
-from .generation import Failure, Generation, Overloaded, Started, TokenStreams, refused
+from .gate import Gate
+from .generation import Failure, Generation, Overloaded, Started, TokenStreams
 from .live import Live
 from .membership import Membership
 from .metrics import RouterMetrics
@@ -53,6 +52,7 @@ from .request import (
     Forget,
     Instruction,
     NakJob,
+    Phase,
     Pick,
     PublishPrefill,
     Rebind,
@@ -61,7 +61,7 @@ from .request import (
     ReportStarted,
     RequestMachine,
 )
-from .sharing import LoadSharing, Tenants
+from .sharing import LoadSharing
 from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Router:
         self._by_request: dict[RequestId, Live] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._is_stopping = False
+        self._unsent_cancels: deque[bytes] = deque(maxlen=config.streams_max)  # while there is no connection
         self.membership = Membership(
             bus,
             config.pool,
@@ -120,12 +121,12 @@ class Router:
         self.sharing = LoadSharing(
             bus, config.pool, router_id, self.membership.view, lane_wait_s=config.lane_wait_s, clock=clock
         )
-        self.admission = Admission(config.admission_limits())
-        self.sharing.tenants = self.admission.tenants
-        self.sharing.on_others = self._on_others
+        self.chooser.waiting_elsewhere = self.sharing.waiting_elsewhere
+        view = self.membership.view
+        self.gate = Gate(config.admission_limits(), view, self.sharing, metrics, clock=clock)
         self._dispatch = Dispatch(
             bus, config.pool, router_id, self.membership, metrics,
-            placed=self.sharing.jobs, share_of=lambda tenant: self.admission.limits.of(tenant).weight,
+            placed=self.sharing.jobs, share_of=self.gate.share_of,
             clock=clock, wall_clock=wall_clock,
         )  # fmt: skip
         self._streams: TokenStreams
@@ -145,6 +146,7 @@ class Router:
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
             await self._bus.jobs.watch_exhausted(self._on_exhausted)
             await self.sharing.start()
+            self._bus.on_connection(self._on_connection)
             await self.membership.start(tasks)
             await self.control.start(tasks)
             tasks.create_task(self.membership.watch(), name="watch-workers")
@@ -173,7 +175,7 @@ class Router:
         if self._is_stopping or len(self._live) >= self._config.streams_max:
             reason = "the router is stopping" if self._is_stopping else f"{len(self._live)} requests are in flight"
             raise Overloaded(reason, retry_after_s=1.0)
-        self._admit(generation, stream_id)
+        self.gate.enter(generation, stream_id)
         log.debug("began a request", extra={"request_id": generation.request_id})
         live = Live(RequestMachine(generation), stream_id, self._clock())
         live.record = self.receipts.begin(generation, live.started_s, self._wall_clock())
@@ -185,16 +187,6 @@ class Router:
         except asyncio.CancelledError:
             self.cancel(stream_id)
             raise
-
-    def _admit(self, generation: Generation, stream_id: int) -> None:
-        """Raises RouterError when the limits leave no room, before any work is queued."""
-        tokens = generation.prompt_tokens + generation.sampling.max_tokens
-        block_tokens = self.membership.view.block_tokens(generation.model)
-        need = generation.prompt_tokens, -(-tokens // block_tokens) if block_tokens else 0
-        refusal = self.admission.offer(stream_id, generation.tenant, need, generation.deadline_s, self._clock())
-        if refusal is not None:
-            self._metrics.admission_refusals.labels(refusal.reason).inc()
-            raise refused(refusal)
 
     def cancel(self, stream_id: int) -> None:
         """The client has gone: free everything the request holds."""
@@ -229,8 +221,12 @@ class Router:
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
-            self.admission.computed(stream_id, live.first_token_s)
+            self.gate.computed(stream_id)
             live.cached_tokens = detail.cached_tokens if detail else None
+            if live.chosen is not None:
+                self.chooser.computed(live.chosen)
+                if live.cached_tokens is not None:
+                    self.membership.check_truth(live.chosen, live.cached_tokens)
             self._metrics.ttft.labels(live.machine.plan).observe(live.first_token_s - live.started_s)
 
     def on_gap(self, stream_id: int, next_index: int) -> None:
@@ -238,12 +234,17 @@ class Router:
         live = self._live.get(stream_id)
         if live is None or live.machine.worker is None:
             return
-        machine = live.machine
+        machine, attempt = live.machine, live.machine.attempt
         assert machine.worker is not None
         self._repair.replay(
-            machine.worker, machine.generation.request_id, stream_id, machine.attempt, next_index,
-            on_lost=lambda: self._fail(stream_id, "tokens_lost", "tokens were lost on their way and could not be repaired"),
+            machine.worker, machine.generation.request_id, stream_id, attempt, next_index,
+            on_lost=lambda: self._on_tokens_lost(stream_id, attempt),
         )  # fmt: skip
+
+    def _on_tokens_lost(self, stream_id: int, attempt: int) -> None:
+        live = self._live.get(stream_id)
+        if live is not None and live.machine.attempt == attempt:
+            self._fail(stream_id, "tokens_lost", "tokens were lost on their way and could not be repaired")
 
     def on_end(self, stream_id: int, finish: int, output_tokens: int, detail: EntryDetail | None) -> None:
         """The worker's terminal entry was accepted."""
@@ -272,6 +273,19 @@ class Router:
 
     # ---- events from the bus
 
+    def _on_connection(self, is_connected: bool) -> None:
+        """While we were away a worker may have given our streams up, and will not say so again."""
+        if not is_connected:
+            return
+        while self._unsent_cancels and self._bus.publish_nowait(
+            subjects.cancel(self._config.pool), self._unsent_cancels[0]
+        ):
+            self._unsent_cancels.popleft()
+        for stream_id, live in self._live.items():
+            next_index = self._streams.next_index(stream_id)
+            if live.machine.phase is Phase.RUNNING and next_index is not None:
+                self.on_gap(stream_id, next_index)
+
     def _on_event(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
         if not isinstance(message, PrefillClaimed | PrefillReturned | PrefillDone | PrefillFailed):
@@ -281,6 +295,8 @@ class Router:
             return
         match message:
             case PrefillClaimed():
+                if live.chosen is not None and message.attempt == live.machine.attempt:
+                    self.chooser.claimed(live.chosen, message.worker_id, self._clock())
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
             case PrefillReturned():
                 self._now(live, live.machine.returned(message.attempt, message.worker_id))
@@ -291,9 +307,6 @@ class Router:
                     "prefill failed: %s %s", message.reason, message.detail, extra={"request_id": message.request_id}
                 )
                 self._now(live, live.machine.prefill_failed(message.attempt))
-
-    def _on_others(self, tenants: Tenants) -> None:
-        self.admission.others = tenants
 
     def _on_exhausted(self, payload: bytes) -> None:
         job = decode(payload)
@@ -316,8 +329,7 @@ class Router:
         while True:
             await asyncio.sleep(DEADLINE_TICK_S)
             now = self._clock()
-            prefill = self.membership.view.members("prefill")
-            self.admission.prefill_tokens_per_s = sum(m.heartbeat.prefill_tokens_per_s for m in prefill)
+            self.gate.look()
             late = [stream_id for stream_id, live in self._live.items() if live.machine.generation.deadline_s <= now]
             for stream_id in late:
                 self._fail(stream_id, "timeout", "not finished before its deadline", status=504)
@@ -373,6 +385,8 @@ class Router:
             case Release(worker=worker):
                 view.release(worker, live.stream_id)
                 self.sharing.changed()
+                if live.chosen is not None:
+                    self.chooser.computed(live.chosen)
             case ReportStarted(worker=worker, plan=plan, why=why):
                 if not live.started.done():
                     live.started.set_result(Started(live.stream_id, plan, worker, why))
@@ -384,21 +398,26 @@ class Router:
                 self._metrics.retries.inc()
                 self._streams.rebind(live.stream_id, attempt)
             case CancelAttempts(attempt=attempt):
-                cancel = Cancel(live.machine.generation.request_id, attempt)
-                self._bus.publish_nowait(subjects.cancel(self._config.pool), encode(cancel))
+                self._cancel(encode(Cancel(live.machine.generation.request_id, attempt)))
             case DeleteJob(sequence=sequence):
                 assert self._tasks is not None
                 self._tasks.create_task(self._dispatch.delete_job(sequence), name="delete-job")
             case NakJob(ack_subject=ack_subject, delay_s=delay_s):
                 self._bus.jobs.nak_for(ack_subject, delay_s)
             case FailStream(failure=failure):
+                if live.chosen is not None:
+                    self.chooser.released(live.chosen)
                 self._streams.fail(live.stream_id, failure)
                 self._count_end(live, "failed", f"{failure.code}: {failure.message}")
             case Forget():
                 self._live.pop(live.stream_id, None)
-                self.admission.release(live.stream_id, self._clock())
+                self.gate.leave(live.stream_id)
                 self._by_request.pop(live.machine.generation.request_id, None)
                 self._metrics.running.set(len(self._live))
+
+    def _cancel(self, cancel: bytes) -> None:
+        if not self._bus.publish_nowait(subjects.cancel(self._config.pool), cancel):
+            self._unsent_cancels.append(cancel)
 
     def _count_end(self, live: Live, outcome: str, detail: str = "") -> None:
         self._metrics.requests.labels(outcome, live.machine.plan).inc()
@@ -417,13 +436,16 @@ class Router:
 
     def _pick(self, live: Live, exclude: frozenset[WorkerId]) -> list[Instruction]:
         generation, now = live.machine.generation, self._clock()
-        chosen = live.chosen = self.chooser.choose(ask_of(generation), exclude, now)
+        if live.chosen is not None:
+            self.chooser.released(live.chosen)
+        chosen = live.chosen = self.chooser.choose(Ask.of(generation), exclude, now)
         live.chosen_s = now
         if live.record is not None:
             members = self.membership.view.members("decode")
             self.receipts.picked(live.record, chosen, now, members=members, exclude=exclude)
         if chosen is None:
             return live.machine.nothing_to_pick()
+        self.chooser.placed(chosen, now)
         self._metrics.policy_failures.inc(chosen.is_fallback)
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)
@@ -452,18 +474,3 @@ class Router:
 
     def _install_policies(self, policies: PolicySet) -> None:
         self.chooser.policy = policies
-
-
-def ask_of(generation: Generation) -> Ask:
-    """What the chooser has to know of it."""
-    parent = chain_seed(generation.salt)
-    return Ask(
-        request_id=generation.request_id,
-        model=generation.model,
-        prompt_tokens=generation.prompt_tokens,
-        max_tokens=generation.sampling.max_tokens,
-        hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
-        deadline_s=generation.deadline_s,
-        tenant=generation.tenant,
-        priority=generation.priority,
-    )

@@ -16,7 +16,7 @@ from ..bus import subjects
 from ..bus.base import Bus, Delivery
 from ..bus.ids import RouterId, WorkerId
 from ..bus.messages import PlacedLoad, decode, encode
-from .placed import OtherRouters, PlacedJobs
+from .placed import SHARED, OtherRouters, PlacedJobs
 from .view import ClusterView
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,10 @@ class LoadSharing:
                 self._share(self.others.expire(self._clock()))
         finally:
             self._publish(PlacedLoad(self._router_id, has_left=True))
+
+    def waiting_elsewhere(self, lane: WorkerId | None) -> int:
+        """Prompt tokens of other routers' jobs that nobody has claimed, in a worker's lane or (None) the shared one."""
+        return self.others.waiting(lane or SHARED)[1]
 
     def changed(self) -> None:
         """Something was placed or has ended: say so soon."""

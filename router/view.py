@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..bus.ids import WorkerId
 from ..bus.messages import Heartbeat, WorkerCard
-from .policies.base import PrefillView, WorkerView
+from .policies.base import IndexMode, PrefillView, WorkerView
 
 
 @dataclass(slots=True)
@@ -27,6 +27,8 @@ class Member:
     in_flight_blocks: int = 0
     others_in_flight: int = 0  # streams of the other routers on it, as they last said
     others_blocks: int = 0
+    index_mode: IndexMode = "exact"
+    cold_view: WorkerView | None = None  # without a hit, as of now; None: something has changed since it was made
 
     @property
     def can_take_work(self) -> bool:
@@ -67,6 +69,7 @@ class ClusterView:
         if member is None or member.card.epoch != heartbeat.epoch:
             return False
         member.heartbeat = heartbeat
+        member.cold_view = None
         member.seen_s = now
         member.is_suspect = False
         return True
@@ -95,12 +98,21 @@ class ClusterView:
         if member is not None and stream_id not in member.in_flight:
             member.in_flight[stream_id] = blocks
             member.in_flight_blocks += blocks
+            member.cold_view = None
 
     def release(self, worker: WorkerId, stream_id: int) -> None:
         """The stream is not on `worker` any more."""
         member = self._members.get(worker)
         if member is not None:
             member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
+            member.cold_view = None
+
+    def trust(self, worker: WorkerId, mode: IndexMode) -> None:
+        """How far the index is to be believed for `worker` from now on."""
+        member = self._members.get(worker)
+        if member is not None:
+            member.index_mode = mode
+            member.cold_view = None
 
     def block_tokens(self, model: str) -> int:
         """Tokens in one KV block of the workers that serve `model`; 0: there are none."""
@@ -112,6 +124,7 @@ class ClusterView:
         member = self._members.get(worker)
         if member is not None:
             member.others_in_flight, member.others_blocks = streams, blocks
+            member.cold_view = None
 
     def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
         """Decode workers that may get a new request for `model`."""
@@ -145,8 +158,17 @@ class ClusterView:
         return sorted({member.card.model for member in self._members.values() if member.card.role == "decode"})
 
 
-def worker_view(member: Member, hit_blocks: int) -> WorkerView:
+def worker_view(member: Member, hit_blocks: int, local_prefill_tokens: int) -> WorkerView:
     """The member as a policy sees it."""
+    if hit_blocks:
+        return _worker_view(member, hit_blocks, local_prefill_tokens)
+    cold = member.cold_view  # Most of a large pool has no hit, and to build a view takes a microsecond.
+    if cold is None or cold.local_prefill_tokens != local_prefill_tokens:
+        cold = member.cold_view = _worker_view(member, 0, local_prefill_tokens)
+    return cold
+
+
+def _worker_view(member: Member, hit_blocks: int, local_prefill_tokens: int) -> WorkerView:
     card, heartbeat = member.card, member.heartbeat
     return WorkerView(
         worker_id=card.worker_id,
@@ -161,11 +183,13 @@ def worker_view(member: Member, hit_blocks: int) -> WorkerView:
         waiting=heartbeat.waiting,
         kv_blocks_free=heartbeat.kv_blocks_free,
         fingerprint=card.fingerprint,
+        local_prefill_tokens=local_prefill_tokens,
+        index_mode=member.index_mode,
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
     )
 
 
-def prefill_view(member: Member, hit_blocks: int) -> PrefillView:
+def prefill_view(member: Member, hit_blocks: int, queued_tokens: int) -> PrefillView:
     """A prefill worker as a policy sees it."""
     card, heartbeat = member.card, member.heartbeat
     return PrefillView(
@@ -176,5 +200,6 @@ def prefill_view(member: Member, hit_blocks: int) -> PrefillView:
         hit_blocks=hit_blocks,
         running=heartbeat.running,
         waiting=heartbeat.waiting,
+        queued_tokens=queued_tokens,
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
     )

@@ -16,7 +16,8 @@ FLOORS: dict[str, set[str]] = {
     "transport": set(),
     "router": {"bus"},
     "workers": {"bus", "transport"},
-    "cluster": {"bus", "transport", "router", "workers"},
+    "cluster": {"bus", "transport", "router", "workers", "lab"},  # its command line has the lab's commands
+    "lab": {"bus", "transport", "router", "workers"},
 }
 # Optional or slow libraries: where they may be imported, and the modules that may do so at their own import.
 HOMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -36,6 +37,7 @@ HOMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nats": (("bus",), ("bus",)),
     "starlette": (("router",), ("router",)),
     "uvicorn": (("router",), ("router",)),
+    "matplotlib": (("lab",), ()),
     "prometheus_client": (("router", "workers"), ("router", "workers")),
 }
 # What decides takes time and randomness as arguments and awaits nothing, so that a test can replay a run exactly.
@@ -44,6 +46,7 @@ DECISIONS = (
     *("router.chooser", "router.policy_set", "router.receipts", "router.control_messages"),
     *("transport.handoff", "transport.sender", "transport.receiver", "transport.frames", "transport.layout"),
     *("workers.admission", "workers.attempts", "workers.kv_ledger", "workers.throughput"),
+    *("lab.engine_model", "lab.timing", "lab.pool", "lab.prefill_queue", "lab.router_model", "lab.measure", "lab.fit"),
     *("cluster.supervision", "cluster.settings", "cluster.diagnosis", "bus.subjects", "bus.messages", "bus.block_hash"),
 )
 EFFECTS = ("asyncio", "time", "socket", "threading", "subprocess", "uuid", "secrets", "datetime")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("bus", "cluster", "router", "transport", "workers")
+FOLDERS = ("bus", "cluster", "lab", "router", "transport", "workers")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 pytestmark = pytest.mark.slow
@@ -52,10 +52,11 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv / "bin"
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path):
+def test_the_wheel_holds_every_module_and_profile_and_nothing_else(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     paths = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    paths += [path.relative_to(ROOT) for path in (ROOT / "lab" / "profiles").glob("*.json")]
     assert packed == {f"hocket/{path.as_posix()}" for path in paths}
 
 

@@ -7,7 +7,7 @@ and received into lists of host buffers that the caller names. A message's bytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -258,6 +258,9 @@ class HandoffEndpointLike(Protocol):
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
+
+    def layers_ready(self, key: HandoffKey, layers: Iterable[int]) -> None:
+        """Several layers of one chunk at once (at least one)."""
 
     def abort(self, key: HandoffKey, reason: str) -> None:
         """There will be no more chunks; SendReleased and SendEnd follow."""

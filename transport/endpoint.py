@@ -40,7 +40,7 @@ from .handoff import (
     Expect,
     FrameReceived,
     Instruction,
-    LayerReady,
+    LayersReady,
     LinkActive,
     LinkGreeted,
     LinkId,
@@ -57,8 +57,8 @@ from .handoff import (
 )
 from .handoff import LinkLost as LinkLostEvent
 from .layout import HANDOFF_PROTOCOL, KvLayout
-from .mover import tag_of
-from .movers import CUT_BYTES, mover_for, sizes_for
+from .mover import Mover, tag_of
+from .movers import CUT_BYTES, lend_slots, mover_for, sizes_for
 from .peers import Peers
 from .pool import HostKvPool
 from .probe import PROBE_FRAMES, ProbeReport, Probes
@@ -118,6 +118,8 @@ class HandoffEndpoint:
         listens: bool = True,
         staging_bytes: int = STAGING_BYTES,
         clock: Callable[[], float] = time.monotonic,
+        nonce: bytes | None = None,
+        make_mover: Callable[[KvPool, int], Mover] = mover_for,
     ) -> None:
         layout = pool.layout
         if len(layout.layers) > frames.LAYERS_MAX or pool.blocks > frames.BLOCKS_MAX:
@@ -129,8 +131,9 @@ class HandoffEndpoint:
         self._staging_bytes = staging_bytes
         self._clock = clock
         self._epoch = epoch
+        self._make_mover = make_mover
         hello = frames.Hello(
-            HANDOFF_PROTOCOL, worker_name[:256], os.urandom(16), layout.fingerprint(), epoch, layout.shape
+            HANDOFF_PROTOCOL, worker_name[:256], nonce or os.urandom(16), layout.fingerprint(), epoch, layout.shape
         )
         self._peers = Peers(transports, hello, self)
         self._receiver = Receiver(layout, epoch=epoch)
@@ -165,7 +168,8 @@ class HandoffEndpoint:
     async def start(self) -> None:
         """Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
-        self._mover = mover_for(self._pool, self._staging_bytes)
+        self._mover = self._make_mover(self._pool, self._staging_bytes)
+        lend_slots(self._peers.offered, self._pool, self._mover)
         self._probes = Probes(
             self._peers,
             self._mover,
@@ -223,8 +227,14 @@ class HandoffEndpoint:
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         """The announced chunk's KV of that layer is in memory (layers may come in any order)."""
+        self.layers_ready(key, (layer,))
+
+    def layers_ready(self, key: HandoffKey, layers: Iterable[int]) -> None:
+        """Several of one chunk at once: of a prefix that was cached, or of an engine that tells of no single ones."""
+        found = frozenset(layers)
+        self._mover.start(key, found)
         _note("computed a layer", key.token)
-        self._tell_sender(LayerReady(key, layer))
+        self._tell_sender(LayersReady(key, found))
 
     def abort(self, key: HandoffKey, reason: str) -> None:
         """There will be no more chunks; SendReleased and SendEnd follow. Unknown keys are ignored."""
@@ -354,6 +364,7 @@ class HandoffEndpoint:
             _note("sent a message", message.key.token)
             self._mover.send(link, message, instruction.extents, nbytes, done, digested)
             return
+        self._mover.skip(message)
         try:
             if link is None:
                 raise LinkLost("the link was dropped")
@@ -379,9 +390,14 @@ class HandoffEndpoint:
         layout = self._pool.layout
         # Who has another fingerprint is told so when it claims.
         shape = hello.shape if hello.fingerprint == layout.fingerprint() else layout.shape
-        sizes = sizes_for(self._pool, shape)
-        self._tell_receiver(LinkGreeted(link_id, Wire(layout, shape, i_send=False, sizes=sizes)))
-        self._wires[link_id] = Wire(layout, shape, i_send=True, sizes=sizes)
+        link = self._peers.link(link_id)
+        assert link, "greeted on a link that is gone"
+        receives, sends = (
+            Wire(layout, shape, i_send=i_send, sizes=sizes_for(self._pool, shape, link, i_send=i_send))
+            for i_send in (False, True)
+        )
+        self._tell_receiver(LinkGreeted(link_id, receives))
+        self._wires[link_id] = sends
 
     def on_frame(self, link_id: LinkId, frame: frames.Frame) -> None:
         """For `Peers`."""

@@ -128,9 +128,11 @@ class Announce:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerReady:
+class LayersReady:
+    """Of one announced chunk."""
+
     key: HandoffKey
-    layer: int
+    layers: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class AbortOrder:
 
 LinkEvent = FrameReceived | MessageDone | Digested | LinkActive | LinkLost | Tick | Close
 ReceiverEvent = LinkEvent | LinkGreeted | Expect | CancelExpectation
-SenderEvent = LinkEvent | OpenOrder | Announce | LayerReady | AbortOrder | LinkUp | DialFailed
+SenderEvent = LinkEvent | OpenOrder | Announce | LayersReady | AbortOrder | LinkUp | DialFailed
 
 
 @dataclass(frozen=True, slots=True)

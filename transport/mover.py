@@ -31,6 +31,12 @@ class Mover(Protocol):
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
         """From any thread: this layer of what is planned for these keys was enqueued on a device's stream."""
 
+    def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
+        """These layers are in memory. Before the machine is told: what can be launched at once is."""
+
+    def skip(self, message: MessageId) -> None:
+        """A planned message is given up: an empty one goes in its place."""
+
     def forget(self, key: HandoffKey) -> None:
         """Nothing more is sent of this key."""
 
@@ -94,6 +100,12 @@ class DirectMover:
         pass
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        pass
+
+    def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
+        pass
+
+    def skip(self, message: MessageId) -> None:
         pass
 
     def forget(self, key: HandoffKey) -> None:

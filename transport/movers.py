@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from math import lcm
 from typing import Protocol, runtime_checkable
 
-from .base import Done, HandoffKey, KvPool, Link
+from .base import Done, HandoffKey, KvPool, Link, Transport
 from .handoff import MessageId
 from .layout import KvShape
 from .mover import DirectMover, Extents, Mover, OnDigest
+from .poller import Poller
 from .pool import HostKvPool
-from .stager import Slot, Stager
+from .stager import LendingLink, LendingStager, Slot, Stager
 from .staging import HostStager, StagedMover
 from .wire import MessageSizes
 
@@ -22,6 +23,9 @@ COMPUTED_BYTES = 4 << 20
 RUN_BYTES = 128 << 10  # shorter runs are put together: each one costs Python 2 us or more on either side
 _CUT_SIZES = MessageSizes(CUT_BYTES, CUT_BYTES, CUT_BYTES)
 _DEVICE_SIZES = MessageSizes(16 << 20, 4 << 20, 16 << 20)  # NVLink wants 16 MiB a message; reference: docs/transport.md
+# A lent slot takes no room on the other side, so its size is the sender's affair; each one costs either side 50-100 us of Python.
+LENT_BYTES_MAX = 64 << 20
+_BORROWED_SIZES = MessageSizes(LENT_BYTES_MAX, 4 << 20, 16 << 20)
 
 
 @runtime_checkable
@@ -52,6 +56,12 @@ class HostMover:
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
         self._staged.gather_ahead(keys, layer, stream)
+
+    def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
+        pass
+
+    def skip(self, message: MessageId) -> None:
+        pass
 
     def forget(self, key: HandoffKey) -> None:
         self._staged.forget(key)
@@ -101,9 +111,35 @@ def mover_for(pool: KvPool, staging_bytes: int) -> Mover:
     return StagedMover(pool)
 
 
-def sizes_for(pool: KvPool, theirs: KvShape) -> MessageSizes:
-    """How large messages are on a link to a rank of this shape; alike on both sides."""
+@runtime_checkable
+class RingTransport(Protocol):
+    """A transport whose links lend slots."""
+
+    def bind(self, stager: LendingStager, poller: Poller) -> None:
+        """Before its `start`, which is refused without."""
+
+
+def _lent_sizes(pool: KvPool) -> MessageSizes:
+    """A quarter of a chunk: one is gathered while others are read and on their way back, and each costs 50 us of Python."""
+    assert isinstance(pool, DevicePool)
+    bytes_max = min(pool.message_bytes_max, max(_DEVICE_SIZES.bytes_max, pool.staging_bytes // 8))
+    least = min(bytes_max, _DEVICE_SIZES.bytes_max)
+    return MessageSizes(bytes_max, least, least, chunk_parts=4)
+
+
+def lend_slots(transports: Sequence[Transport], pool: KvPool, mover: Mover) -> None:
+    """Give the transports that lend slots this pool's, if it has such."""
+    if isinstance(pool, LendingStager) and isinstance(mover, StagedMover):
+        for transport in transports:
+            if isinstance(transport, RingTransport):
+                transport.bind(pool, mover.poller)
+
+
+def sizes_for(pool: KvPool, theirs: KvShape, link: Link, *, i_send: bool) -> MessageSizes:
+    """How large messages are on this link to a rank of this shape; what one side sends the other one takes."""
     layout = pool.layout
+    if isinstance(link, LendingLink):
+        return _lent_sizes(pool) if i_send else _BORROWED_SIZES
     if layout.digest != "xxh3":
         return _DEVICE_SIZES
     if theirs != layout.shape:

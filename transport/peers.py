@@ -46,7 +46,8 @@ class Peers:
     """The transports belong to it, which starts and closes them. All calls on one loop."""
 
     def __init__(self, transports: Sequence[Transport], hello: frames.Hello, owner: PeersOwner) -> None:
-        self._transports = list(transports)
+        self.offered = list(transports)  # also those that will not run here
+        self._transports: list[Transport] = []
         self._hello = frames.encode(hello)
         self._owner = owner
         self._peers: dict[LinkId, _Peer] = {}
@@ -70,7 +71,7 @@ class Peers:
     async def start(self, bind_host: str | None) -> None:
         """Listen there; None: not at all. Raises TransportUnavailable when none of the transports runs here."""
         self._loop = asyncio.get_running_loop()
-        self._transports = await start_transports(self._transports)
+        self._transports = await start_transports(self.offered)
         if bind_host is not None:
             for transport in self._transports:
                 self._listeners.append(await transport.listen(bind_host, self._accept))
@@ -148,6 +149,8 @@ class Peers:
                 link_id = await self._connect(address)
             except (TransportError, ValueError) as error:
                 failures.append(str(error))
+                if len(failures) < len(addresses):
+                    log.warning("trying the next way to a decode worker: %s", error)
                 continue
             if peer := self._peers.get(link_id):
                 await asyncio.wait({peer.greeted})

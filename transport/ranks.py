@@ -222,6 +222,11 @@ class RankedEndpoint:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].layer_ready(sub.key, layer)
 
+    def layers_ready(self, key: HandoffKey, layers: Iterable[int]) -> None:
+        layers = frozenset(layers)
+        for sub in self._orders.get(key, ()):
+            self._ranks[sub.rank].layers_ready(sub.key, layers)
+
     async def probe(self, addresses: Sequence[str], *, decode_epoch: int, decode_ranks: int = 1) -> list[RankProbe]:
         """Measure every link that a hand-off to this worker would take, one after the other. Raises as an endpoint's."""
         nobody = HandoffKey(bytes(16), 0, 0)

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from .base import Transport
+from .base import KvPool, Transport
 from .errors import TransportUnavailable
+from .stager import LendingStager
 
 log = logging.getLogger(__name__)
 GROUP = "hocket.transports"
+DEFAULT_SCHEMES = "ucx,tcp"
 
 
 def installed_schemes() -> tuple[str, ...]:
@@ -39,6 +41,12 @@ def open_transports(schemes: str) -> list[Transport]:
                 raise
             log.warning("left transport %s out: %s", name, error)
     return opened
+
+
+def schemes_for(schemes: str, pool: KvPool) -> str:
+    """The default, for a pool in GPU memory, begins with CUDA IPC; whoever names others gets just those."""
+    is_default = schemes == DEFAULT_SCHEMES and isinstance(pool, LendingStager)
+    return f"cuda_ipc,{schemes}" if is_default and "cuda_ipc" in installed_schemes() else schemes
 
 
 async def start_transports(transports: Sequence[Transport]) -> list[Transport]:

@@ -23,7 +23,7 @@ from .handoff import (
     Emit,
     FrameReceived,
     Instruction,
-    LayerReady,
+    LayersReady,
     LinkActive,
     LinkId,
     LinkLost,
@@ -131,8 +131,8 @@ class Sender:
     def on(self, event: SenderEvent, now: float) -> list[Instruction]:
         """Raises ValueError for a call of the engine that is wrong in itself; nothing has changed then."""
         match event:
-            case LayerReady():
-                self._on_layer_ready(event.key, event.layer)
+            case LayersReady():
+                self._on_layers_ready(event.key, event.layers)
             case MessageDone():
                 self._on_read(event.message, now, event.error)
             case Digested():
@@ -178,20 +178,20 @@ class Sender:
         order.next_token = chunk.end_token
         self._advance(order, now)
 
-    def _on_layer_ready(self, key: HandoffKey, layer: int) -> None:
+    def _on_layers_ready(self, key: HandoffKey, layers: frozenset[int]) -> None:
         order = self._orders.get(key)
         if order is None:
             return
-        part = next((part for part in order.parts if layer not in part.ready), None)
-        if part is None or not 0 <= layer < self._layers:
-            raise ValueError(f"layer {layer} of no announced chunk")
-        part.ready.add(layer)
+        part = next((part for part in order.parts if not layers <= part.ready), None)
+        if part is None or min(layers) < 0 or max(layers) >= self._layers or layers & part.ready:
+            raise ValueError(f"layers {sorted(layers)} of no announced chunk")
+        part.ready |= layers
         grant = order.grant
         if grant is None or grant.stop_at is not None:
             return
         for sending in grant.chunks:
             if sending.part is part:
-                self._send_ready(order, grant, sending, layer)
+                self._send_ready(order, grant, sending, layers)
 
     def _close(self, now: float) -> None:
         for order in list(self._orders.values()):
@@ -281,13 +281,14 @@ class Sender:
         tokens_max = sizes.bytes_max // wire.token_bytes_max
         step = max(wire.unit_tokens, tokens_max - tokens_max % wire.unit_tokens)
         target_bytes = sizes.bulk_bytes if len(part.ready) == self._layers else sizes.computed_bytes
-        target_bytes = min(target_bytes, sizes.bytes_max)
         for start in range(first, end, step):
             stop = min(start + step, end)
             rows = (
                 -(-(stop - start) // wire.unit_tokens) * wire.unit_tokens
             )  # A last block that is not full counts whole.
-            layers = max(1, target_bytes // (rows * wire.token_bytes_max))
+            layer_bytes = rows * wire.token_bytes_max
+            part_bytes = layer_bytes * self._layers // sizes.chunk_parts if sizes.chunk_parts else 0
+            layers = max(1, min(max(target_bytes, part_bytes), sizes.bytes_max) // layer_bytes)
             layers = min(layers, self._layers)
             try:
                 messages = [
@@ -312,13 +313,14 @@ class Sender:
         self._out.append(PlanSend(order.key, tuple(ids)))
         if not sending.messages:
             self._close_chunk(grant, sending)
-        self._send_ready(order, grant, sending, None)
+        self._send_ready(order, grant, sending, frozenset())
 
-    def _send_ready(self, order: _Order, grant: _Grant, sending: _Sending, layer: int | None) -> None:
+    def _send_ready(self, order: _Order, grant: _Grant, sending: _Sending, layers: frozenset[int]) -> None:
         for number, message in enumerate(sending.messages):
-            if layer is not None:
-                message.missing.discard(layer)
-            if message.missing or message.is_posted:
+            if message.is_posted:
+                continue
+            message.missing -= layers
+            if message.missing:
                 continue
             message.is_posted = True
             order.reading += 2

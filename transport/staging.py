@@ -8,9 +8,8 @@ that whoever waits holds nothing and no two sides can wait for each other.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -20,12 +19,11 @@ import numpy as np
 from .base import Buffer, DeviceBuffer, Done, Extent, HandoffKey, HostBuffer, Link, Place
 from .errors import LinkLost
 from .handoff import MessageId
+from .lender import Lender
 from .mover import Extents, OnDigest, tag_of
+from .poller import Poller
 from .pool import HostKvPool, digest_of
-from .stager import HostSlot, Slot, Stager, Ticket
-
-SPIN_S = 200e-6  # after the last thing that moved; a kernel takes 15-25 us
-NAP_S = 50e-6
+from .stager import HostSlot, LendingLink, LendingStager, Slot, Stager, Ticket
 
 
 @dataclass(slots=True)
@@ -60,6 +58,7 @@ class StagedMover:
         self._stager = stager
         stager.bind_thread()
         self._loop = asyncio.get_running_loop()
+        self.poller = Poller()
         self._lock = Lock()
         self._plans: dict[HandoffKey, list[_Ahead]] = {}
         self._gathered: dict[MessageId, tuple[Slot, Ticket]] = {}
@@ -67,15 +66,16 @@ class StagedMover:
         self._sending: list[_Send] = []  # have one, and their gather is under way
         self._hungry: dict[Link, None] = {}  # receives wait for a slot
         self._held: dict[Link, int] = {}  # bytes of slots
+        self._lending: dict[Link, LendingLink | None] = {}  # isinstance of a protocol takes 10 us
+        self._lender = Lender(stager, self.poller, self) if isinstance(stager, LendingStager) else None
         self._arrived: dict[MessageId, tuple[Link, Slot]] = {}
-        self._tickets: deque[tuple[Ticket, Callable[[int], None]]] = deque()
-        self._is_polling = False
-        self._moved_at = 0.0
 
     # On the thread of the compute stream.
 
     def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
         """This layer was enqueued on `stream`: gather there what is complete with it, as far as there is room."""
+        if self._lender:
+            self._lender.gather_ahead(keys, layer, stream)
         with self._lock:
             due = [ahead for key in keys for ahead in self._plans.get(key, ()) if ahead.last_layer == layer]
         for ahead in due:
@@ -89,6 +89,11 @@ class StagedMover:
     # On the loop.
 
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
+        if self._lender and (lending := self._lending_of(link)):
+            self._lender.plan(link, lending, messages)
+            return
+        for _, extents, _ in messages:
+            self._stager.prepare(extents)
         with self._lock:
             for message, extents, nbytes in messages:
                 last_layer = max(extent.layer for extent in extents)
@@ -97,12 +102,14 @@ class StagedMover:
 
     def forget(self, key: HandoffKey) -> None:
         """The order is over."""
+        if self._lender:
+            self._lender.forget(key)
         with self._lock:
             self._plans.pop(key, None)
             left = [message for message in self._gathered if message.key == key]
             gathered = [self._gathered.pop(message) for message in left]
         for slot, ticket in gathered:
-            self._when(ticket, partial(self._release_unsent, slot))
+            self.poller.when(ticket, partial(self._release_unsent, slot))
 
     def _release_unsent(self, slot: Slot, _digest: int) -> None:
         self._stager.release(slot)
@@ -111,6 +118,9 @@ class StagedMover:
     def send(
         self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done, on_digest: OnDigest
     ) -> None:
+        if self._lender and (lending := self._lending_of(link)):
+            self._lender.send(link, lending, (message, extents, nbytes), done, on_digest)
+            return
         send = _Send(link, message, extents, nbytes, done, on_digest)
         with self._lock:
             if plans := self._plans.get(message.key):
@@ -124,16 +134,24 @@ class StagedMover:
         self._hold(link, nbytes)
         self._follow(send, ticket)
 
+    def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
+        if self._lender:
+            self._lender.start(key, layers)
+
+    def skip(self, message: MessageId) -> None:
+        if self._lender:
+            self._lender.skip(message)
+
     def _follow(self, send: _Send, ticket: Ticket) -> None:
         self._sending.append(send)
-        self._when(ticket, partial(self._on_gathered, send))
+        self.poller.when(ticket, partial(self._on_gathered, send))
 
     def _on_gathered(self, send: _Send, digest: int) -> None:
         self._sending.remove(send)
         slot = send.slot
         assert slot
         if send.is_dropped:
-            self._give_back(send.link, slot, send.nbytes)
+            self.give_back(send.link, slot, send.nbytes)
         else:
             try:
                 send.link.post_send(tag_of(send.message), [slot.buffer], partial(self._on_sent, send))
@@ -143,14 +161,17 @@ class StagedMover:
 
     def _on_sent(self, send: _Send, error: BaseException | None) -> None:
         assert send.slot
-        self._give_back(send.link, send.slot, send.nbytes)
+        self.give_back(send.link, send.slot, send.nbytes)
         send.done(error)
 
     def receive(self, link: Link, message: MessageId, extents: Extents, nbytes: int, done: Done) -> None:
+        if self._lender and (lending := self._lending_of(link)):
+            self._lender.borrow(lending, message, extents, nbytes, done)
+            return
         slots: list[Slot] = []
 
         def take() -> list[Buffer] | None:
-            slot = self._reserve(link, nbytes)
+            slot = self.take(link, nbytes)
             if slot is None:
                 self._hungry[link] = None
                 return None
@@ -161,7 +182,7 @@ class StagedMover:
             if slots and error is None:
                 self._arrived[message] = (link, slots[0])
             elif slots:
-                self._give_back(link, slots[0], nbytes)
+                self.give_back(link, slots[0], nbytes)
             done(error)
 
         try:
@@ -170,17 +191,23 @@ class StagedMover:
             done(error)
 
     def digest(self, message: MessageId, extents: Extents, on_digest: OnDigest) -> None:
+        if self._lender and (borrowed := self._lender.borrowed_digest(message)) is not None:
+            on_digest(borrowed)
+            return
         link, slot = self._arrived.pop(message)
 
         def scattered(digest: int) -> None:
-            self._give_back(link, slot, slot.buffer.nbytes)
+            self.give_back(link, slot, slot.buffer.nbytes)
             on_digest(digest)
 
-        self._when(self._stager.scatter(extents, slot), scattered)
+        self.poller.when(self._stager.scatter(extents, slot), scattered)
 
     def drop(self, link: Link) -> None:
         waiting = self._sends.pop(link, ())
         self._hungry.pop(link, None)
+        self._lending.pop(link, None)
+        if self._lender:
+            self._lender.drop(link)
         error = LinkLost(f"{link.peer} is gone")
         for send in waiting:
             send.done(error)
@@ -193,9 +220,17 @@ class StagedMover:
     def close(self) -> None:
         for key in list(self._plans):
             self.forget(key)
-        while self._tickets:
-            self._poll_once()
+        self.poller.drain()
         self._stager.close()
+
+    def _lending_of(self, link: Link) -> LendingLink | None:
+        if link not in self._lending:
+            self._lending[link] = link if isinstance(link, LendingLink) else None
+        return self._lending[link]
+
+    def _is_on_device(self, link: Link) -> bool:
+        """What memory the link wants; only a device's slots are lent."""
+        return link.moves_device_memory or self._lending_of(link) is not None
 
     # Slots.
 
@@ -206,14 +241,14 @@ class StagedMover:
         self._stager.release(slot)
         self._loop.call_soon(self._feed)
 
-    def _reserve(self, link: Link, nbytes: int) -> Slot | None:
+    def take(self, link: Link, nbytes: int) -> Slot | None:
         """A slot, if that leaves the others who want one their share."""
-        wanting = {*self._hungry, *self._held, *self._sends, link}
+        wanting = {*self._hungry, *self._held, *self._sends, link, *(self._lender.waiting if self._lender else ())}
         share = self._stager.staging_bytes // max(2, len(wanting))  # Never all: a peer that hangs keeps what it has.
         held = self._held.get(link, 0)
         if held and held + nbytes > share:
             return None
-        slot = self._stager.reserve(nbytes, on_device=link.moves_device_memory)
+        slot = self._stager.reserve(nbytes, on_device=self._is_on_device(link))
         if slot is not None:
             self._hold(link, nbytes)
         return slot
@@ -221,7 +256,7 @@ class StagedMover:
     def _hold(self, link: Link, nbytes: int) -> None:
         self._held[link] = self._held.get(link, 0) + nbytes
 
-    def _give_back(self, link: Link, slot: Slot, nbytes: int) -> None:
+    def give_back(self, link: Link, slot: Slot, nbytes: int) -> None:
         self._stager.release(slot)
         left = self._held[link] - nbytes
         if left:
@@ -234,6 +269,9 @@ class StagedMover:
         """There may be room: first come, first served, but for those who have their share."""
         for link in list(self._sends):
             self._feed_sends(link)
+        if self._lender:
+            for link in list(self._lender.waiting):
+                self._lender.feed(link)
         hungry, self._hungry = self._hungry, {}
         for link in hungry:
             link.retry_receives()
@@ -242,7 +280,7 @@ class StagedMover:
         """Gather what there is room for."""
         while waiting := self._sends.get(link):
             send = waiting[0]
-            slot = self._reserve(link, send.nbytes)
+            slot = self.take(link, send.nbytes)
             if slot is None:
                 return
             waiting.popleft()
@@ -250,41 +288,6 @@ class StagedMover:
                 del self._sends[link]
             send.slot = slot
             self._follow(send, self._stager.gather(send.extents, slot))
-
-    # Tickets.
-
-    def _when(self, ticket: Ticket, then: Callable[[int], None]) -> None:
-        digest = ticket.poll()
-        if digest is not None:
-            then(digest)
-            return
-        self._tickets.append((ticket, then))
-        self._moved_at = time.perf_counter()
-        if not self._is_polling:
-            self._is_polling = True
-            self._loop.call_soon(self._poll)
-
-    def _poll(self) -> None:
-        """A device has no event that a loop could wait for: look again until nothing is under way."""
-        if self._poll_once():
-            self._moved_at = time.perf_counter()
-        elif time.perf_counter() - self._moved_at > SPIN_S:
-            time.sleep(NAP_S)
-        self._is_polling = bool(self._tickets)
-        if self._is_polling:
-            self._loop.call_soon(self._poll)
-
-    def _poll_once(self) -> bool:
-        has_moved = False
-        for _ in range(len(self._tickets)):
-            ticket, then = self._tickets.popleft()
-            digest = ticket.poll()
-            if digest is None:
-                self._tickets.append((ticket, then))
-            else:
-                has_moved = True
-                then(digest)
-        return has_moved
 
 
 class HostStager:
@@ -327,6 +330,9 @@ class HostStager:
             self._free_bytes += buffer.nbytes
             self._kept.setdefault(buffer.nbytes, []).append(buffer)
             self._kept_bytes += buffer.nbytes
+
+    def prepare(self, extents: Iterable[Extent]) -> None:
+        pass
 
     def gather(self, extents: Iterable[Extent], slot: Slot, *, stream: object | None = None) -> _Moved:
         assert isinstance(slot, HostSlot)

@@ -36,6 +36,7 @@ class MessageSizes:
     bytes_max: int = 64 << 20  # no message is larger
     computed_bytes: int = 1 << 20  # while the engine computes: as soon as so much is there
     bulk_bytes: int = 4 << 20  # when all layers are ready already
+    chunk_parts: int = 0  # but a large chunk goes in about so many messages; 0: however many that makes
 
 
 @dataclass(frozen=True, slots=True)

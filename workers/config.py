@@ -19,7 +19,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     engine: Annotated[Literal["vllm", "sim"], Meta(description="what runs the model")] = "vllm"
     model: Annotated[str, Meta(description="Hugging Face folder or id")] = "demo"
     served_name: Annotated[str, Meta(description="model name clients use; default: the model's last path part")] = ""
-    transports: Annotated[str, Meta(description="links to try, best first, comma separated: ucx,tcp")] = "ucx,tcp"
+    transports: Annotated[
+        str, Meta(description="links to try, best first, comma separated; ucx,tcp: on a GPU cuda_ipc before them")
+    ] = "ucx,tcp"
     bind: Annotated[str, Meta(description="address the KV link listens on")] = "127.0.0.1"
     slots: Annotated[int, Meta(description="requests at once", ge=1, le=4096)] = 8
     block_tokens: Annotated[int, Meta(description="tokens in one KV block", ge=1, le=4096)] = 32
@@ -34,7 +36,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_cores: Annotated[str, Meta(description="cores the engine computes on, like 0-3 (vllm on CPU)")] = ""
     staging_mib: Annotated[
         int, Meta(description="memory for KV on its way in MiB: of the GPU, and pinned where a link needs it", ge=32)
-    ] = 256
+    ] = 512
     verify_kv: Annotated[
         bool, Meta(description="digest KV once more from the GPU blocks it landed in, not only on its way there (vllm)")
     ] = False

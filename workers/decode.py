@@ -144,6 +144,8 @@ class DecodeWorker:
             run = self._runs[job.request_id] = _Run(job)
             self._idle.clear()
             run.task = self._tasks.create_task(self._run(run, before), name=f"decode {job.request_id}")
+            # Not by the task itself: cancelled in the same turn, it never begins.
+            run.task.add_done_callback(lambda _: self._on_run_ended(run))
             self._on_change()
         return decision.answer
 
@@ -189,13 +191,14 @@ class DecodeWorker:
             raise
         except EngineError as error:
             self._fail(run, "engine_error", str(error))
-        finally:
-            self._admission.ended(job.request_id, job.attempt)
-            if self._runs.get(job.request_id) is run:
-                del self._runs[job.request_id]
-            if not self._runs:
-                self._idle.set()
-            self._on_change()
+
+    def _on_run_ended(self, run: _Run) -> None:
+        self._admission.ended(run.job.request_id, run.job.attempt)
+        if self._runs.get(run.job.request_id) is run:
+            del self._runs[run.job.request_id]
+        if not self._runs:
+            self._idle.set()
+        self._on_change()
 
     def _task_of(self, job: DecodeJob) -> DecodeTask:
         return DecodeTask(

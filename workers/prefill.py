@@ -75,7 +75,7 @@ class _Run:
     task: asyncio.Task[PrefillOutcome] | None = None
     is_cancelled: bool = False
     held_s: float = 0.0  # since when it waits for a slot
-    said_s: float = field(default_factory=time.monotonic)  # when the queue heard last that we have it
+    said_s: float = 0.0  # when the queue heard last that we have it
 
     @property
     def may_go_back(self) -> bool:
@@ -116,6 +116,7 @@ class PrefillWorker:
         handoff_timeout_s: float,
         in_progress_s: float = IN_PROGRESS_S,
         on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._bus = bus
@@ -125,6 +126,7 @@ class PrefillWorker:
         self._handoff_timeout_s = handoff_timeout_s
         self._in_progress_s = in_progress_s
         self._on_change = on_change
+        self._clock = clock
         self._wall_clock = wall_clock
         self._intake = PrefillIntake(card)
         self._runs: dict[tuple[str, int], _Run] = {}
@@ -230,7 +232,7 @@ class PrefillWorker:
                 await self._settle(_Run(job, [delivery]), GiveBack("no slot is free", 0.0))
             case Take():
                 run = self._runs[job.request_id, job.attempt] = _Run(job, [delivery])
-                run.held_s = time.monotonic()
+                run.held_s = run.said_s = self._clock()
                 self._idle.clear()
                 self._held.add(job, run)
                 self._claim(run)
@@ -257,7 +259,7 @@ class PrefillWorker:
         """What waits for a slot stays ours for a while; what nobody needs any more is dropped before the engine sees it."""
         while True:
             await asyncio.sleep(HELD_TICK_S)
-            await self._look_at_held(time.monotonic(), self._wall_clock())
+            await self._look_at_held(self._clock(), self._wall_clock())
 
     async def _look_at_held(self, now: float, now_unix_s: float) -> None:
         for run in self._held.take_out(lambda run: self._is_over(run, now_unix_s)):
@@ -323,7 +325,7 @@ class PrefillWorker:
     async def _compute(self, run: _Run) -> Ending:
         """Run the engine and tell the queue meanwhile that we are at it. Raises EngineDead."""
         run.task = asyncio.ensure_future(self._engine.prefill(self._task_of(run)))
-        self.throughput.begin(time.monotonic())
+        self.throughput.begin(self._clock())
         computed_tokens = 0
         try:
             while not run.task.done():
@@ -346,7 +348,7 @@ class PrefillWorker:
                 await asyncio.wait([run.task], timeout=1.0)
             if run.task.done() and not run.task.cancelled():
                 run.task.exception()  # Nobody asks any more when we were cancelled in the same turn.
-            self.throughput.end(time.monotonic(), computed_tokens)
+            self.throughput.end(self._clock(), computed_tokens)
 
     def _task_of(self, run: _Run) -> PrefillTask:
         job = run.job

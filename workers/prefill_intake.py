@@ -57,7 +57,7 @@ class PrefillIntake:
 
     def __init__(self, card: WorkerCard) -> None:
         self._card = card
-        self._running: set[tuple[str, int]] = set()
+        self._running: dict[tuple[str, int], None] = {}
         self._cancelled = RecentAttempts()
         self._done = RecentAttempts()
         self.is_draining = False
@@ -83,7 +83,7 @@ class PrefillIntake:
             return GiveBack("it is for another model or KV layout", ELSEWHERE_DELAY_S * delivery)
         if not job.token_ids or len(job.token_ids) % 4:
             return Discard(f"{len(job.token_ids)} bytes are no prompt of 4-byte token ids", "bad_job")
-        self._running.add(key)
+        self._running[key] = None
         return Take()
 
     def cancel(self, request_id: str, attempt: int) -> list[tuple[str, int]]:
@@ -95,7 +95,7 @@ class PrefillIntake:
         return self._cancelled.covers(job.request_id, job.attempt)
 
     def ended(self, job: PrefillJob, *, is_done: bool) -> None:
-        self._running.discard((job.request_id, job.attempt))
+        self._running.pop((job.request_id, job.attempt), None)
         if is_done:
             self._done.note(job.request_id, job.attempt)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
+import random
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -40,10 +41,19 @@ class Identity:
     epoch: int
 
     @staticmethod
-    def new(config: WorkerConfig) -> Identity:
+    def new(config: WorkerConfig, rng: random.Random | None = None) -> Identity:
         """Raises ValueError when the configured name cannot be part of a subject."""
-        parts = [config.role, config.worker_id, secrets.token_hex(4)]
-        return Identity(WorkerId(token("-".join(filter(None, parts)))), secrets.randbits(63) or 1)
+        rng = rng or random.SystemRandom()
+        parts = [config.role, config.worker_id, rng.randbytes(4).hex()]
+        return Identity(WorkerId(token("-".join(filter(None, parts)))), rng.getrandbits(63) or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Where the time comes from."""
+
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
 
 
 class Role(Protocol):
@@ -77,6 +87,7 @@ async def run_worker(
     identity: Identity | None = None,
     stop: asyncio.Event | None = None,
     on_ready: Callable[[WorkerCard], None] | None = None,
+    clocks: Clocks = Clocks(),
 ) -> int:
     """Serve until told to stop; the process's exit code: 0 stopped, 1 failed.
 
@@ -86,7 +97,7 @@ async def run_worker(
     identity = identity or Identity.new(config)
     stopping = Stop(stop)
     with stopping.on_signals() if stop is None else contextlib.nullcontext():
-        worker = Worker(config, identity, stopping, bus or NatsBus(config.nats, name=identity.worker_id))
+        worker = Worker(config, identity, stopping, bus or NatsBus(config.nats, name=identity.worker_id), clocks)
         try:
             return await worker.run(engine, on_ready or print_ready)
         except (BusError, EngineError) as error:
@@ -121,11 +132,12 @@ def card_of(config: WorkerConfig, identity: Identity, info: EngineInfo) -> Worke
 class Worker:
     """One worker's parts, in the order they come up; `aclose` takes down whatever came up."""
 
-    def __init__(self, config: WorkerConfig, identity: Identity, stop: Stop, bus: Bus) -> None:
+    def __init__(self, config: WorkerConfig, identity: Identity, stop: Stop, bus: Bus, clocks: Clocks) -> None:
         self._config = config
         self._identity = identity
         self._stop = stop
         self._bus = bus
+        self._clocks = clocks
         self._engine: Engine | None = None
         self._presence: Presence | None = None
         self._checkup: Checkup | None = None
@@ -211,6 +223,8 @@ class Worker:
                 engine,
                 handoff_timeout_s=config.handoff_timeout_s,
                 on_change=presence.changed,
+                clock=self._clocks.monotonic,
+                wall_clock=self._clocks.wall,
             )
             presence.prefill_tokens_per_s = lambda: prefill.throughput.tokens_per_s
             presence.waiting = lambda: prefill.held

@@ -177,7 +177,11 @@ class TokenPath:
 
     def close(self, stream_id: int) -> bool:
         """Forget the stream without another word to its writer; False when it had ended."""
-        return self._streams.pop(stream_id, None) is not None
+        stream = self._streams.pop(stream_id, None)
+        if stream is None:
+            return False
+        stream.parts, stream.shown = [], []  # What came in this turn.
+        return True
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -188,6 +192,11 @@ class TokenPath:
         """Only tokens of `attempt` count from now on."""
         if stream := self._streams.get(stream_id):
             stream.attempt = attempt
+
+    def next_index(self, stream_id: int) -> int | None:
+        """The next token that the stream waits for; None when it is not open."""
+        stream = self._streams.get(stream_id)
+        return None if stream is None else stream.next_index
 
     def fail(self, stream_id: int, failure: Failure) -> None:
         """End the stream with one error event."""

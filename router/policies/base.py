@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, cast, runtime_checkable
+
+import msgspec
 
 from ...bus.ids import RequestId, WorkerId
 
@@ -147,16 +150,21 @@ class PolicyError(ValueError):
 
 
 def load_policy(name: str) -> Policy:
-    """The policy called `name`: an installed one, `module:Class`, or `path/to/file.py:Class`. Raises PolicyError."""
-    target, colon, class_name = name.rpartition(":")
+    """The policy called `name`: an installed one, `module:Class`, or `path/to/file.py:Class`. Raises PolicyError.
+
+    Its options follow a question mark: `kv?temperature=0.5&hit_weight=2`. They are keyword arguments of the class, numbers,
+    booleans or texts as it annotates them.
+    """
+    place, _, options = name.partition("?")
+    target, colon, class_name = place.rpartition(":")
     try:
         if not colon:
-            factory = _installed(name)
+            factory = _installed(place)
         elif target.endswith(".py"):
             factory = _class_in(_module_from_file(Path(target)), class_name)
         else:
             factory = _class_in(importlib.import_module(target), class_name)
-        policy = factory()
+        policy = factory(**_options(factory, options))
     except PolicyError:
         raise
     except Exception as error:  # A user's module may raise anything while it is imported or built.
@@ -166,13 +174,13 @@ def load_policy(name: str) -> Policy:
     return policy
 
 
-def _installed(name: str) -> Callable[[], Policy]:
+def _installed(name: str) -> Callable[..., Policy]:
     found = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     if name not in found:
         raise PolicyError(
             f"no policy {name!r}; installed: {', '.join(sorted(found))}; or give module:Class or file.py:Class"
         )
-    return cast(Callable[[], Policy], found[name].load())  # An entry point's value has no type; pick is checked above.
+    return cast(Callable[..., Policy], found[name].load())  # An entry point's value has no type; pick is checked above.
 
 
 def _module_from_file(path: Path) -> object:
@@ -187,8 +195,24 @@ def _module_from_file(path: Path) -> object:
     return module
 
 
-def _class_in(module: object, class_name: str) -> Callable[[], Policy]:
+def _class_in(module: object, class_name: str) -> Callable[..., Policy]:
     found = getattr(module, class_name, None)
     if not callable(found):
         raise PolicyError(f"no class {class_name!r} in {getattr(module, '__name__', module)}")
-    return cast(Callable[[], Policy], found)  # Any callable may be a factory; its result is checked above.
+    return cast(Callable[..., Policy], found)  # Any callable may be a factory; its result is checked above.
+
+
+def _options(factory: Callable[..., Policy], text: str) -> dict[str, object]:
+    """What stands behind the question mark, each value as the factory's parameter wants it."""
+    known = inspect.signature(factory, eval_str=True).parameters if text else {}
+    options: dict[str, object] = {}
+    for part in filter(None, text.split("&")):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise PolicyError(f"no option {key!r}; options: {', '.join(sorted(known)) or 'none'}")
+        wanted = known[key].annotation
+        try:
+            options[key] = msgspec.convert(value, str if wanted is inspect.Parameter.empty else wanted, strict=False)
+        except msgspec.ValidationError as error:
+            raise PolicyError(f"option {key}={value}: {error}") from error
+    return options

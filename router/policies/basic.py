@@ -1,4 +1,4 @@
-"""Policies that look at no prompt: round robin and least loaded."""
+"""Policies that look at no prompt: round robin, random, least loaded, power of two choices."""
 
 from __future__ import annotations
 
@@ -29,3 +29,22 @@ class LeastLoaded:
         fewest = min(worker.load / max(worker.slots, 1) for worker in workers)
         worker = rng.choice([worker for worker in workers if worker.load / max(worker.slots, 1) == fewest])
         return Choice(worker.worker_id, why=f"{worker.load} of {worker.slots} slots taken")
+
+
+class Random:
+    """Any worker, each as likely as the others."""
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        return Choice(rng.choice(workers).worker_id, why=f"one of {len(workers)} by chance")
+
+
+class PowerOfTwo:
+    """The less loaded of two that chance names: nearly as even as least loaded, and many routers do not all meet at one.
+
+    Mitzenmacher, "The power of two choices in randomized load balancing", 2001.
+    """
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        pair = rng.sample(workers, min(2, len(workers)))
+        worker = min(pair, key=lambda worker: worker.load / max(worker.slots, 1))
+        return Choice(worker.worker_id, why=f"{worker.load} running, the least of {len(pair)} by chance")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import pytest
 
 from hocket.bus import Bus, EmbeddedServer, JobLimits, MemoryBroker, MemoryBus, NatsBus
+from hocket.lab.bus import LabBroker, LabBus
+from hocket.lab.log import EventLog
+from hocket.lab.loop import Process
 
 LIMITS = JobLimits(ack_wait_s=0.5, max_deliver=2, max_jobs=4)
 PATIENT = JobLimits(
@@ -78,6 +82,32 @@ class MemoryRig(Rig):
         self.broker.start()
 
 
+class LabRig(Rig):
+    """The lab's bus, here on the clock of the wall."""
+
+    kind = "lab"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._broker: LabBroker | None = None
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def broker(self) -> LabBroker:
+        log = EventLog(self._loop.time)
+        self._broker = self._broker or LabBroker(self._loop, random.Random(1), log, jobs=self.limits)
+        return self._broker
+
+    def make(self, name: str) -> Bus:
+        return LabBus(self.broker, Process(self._loop, name))
+
+    async def stop(self) -> None:
+        self.broker.stop()
+
+    async def start(self) -> None:
+        self.broker.start()
+
+
 class NatsRig(Rig):
     kind = "nats"
 
@@ -95,7 +125,7 @@ class NatsRig(Rig):
         await self.server.start()
 
 
-@pytest.fixture(params=["memory", "nats"])
+@pytest.fixture(params=["memory", "lab", "nats"])
 async def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
     """The bus under test; a NATS one has a server and a store of its own."""
     async with AsyncExitStack() as stack:
@@ -104,7 +134,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             store = tmp_path_factory.mktemp("store")
             rig = NatsRig(await stack.enter_async_context(EmbeddedServer(store)))
         else:
-            rig = MemoryRig()
+            rig = MemoryRig() if request.param == "memory" else LabRig()
         stack.push_async_callback(rig.aclose)
         yield rig
 

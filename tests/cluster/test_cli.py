@@ -38,6 +38,10 @@ COMMANDS = (
     "model",
     "model demo",
     "model path",
+    "lab",
+    "lab diff",
+    "lab chaos",
+    "lab run",
 )
 HEAVY = (
     "vllm",

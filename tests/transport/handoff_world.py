@@ -44,7 +44,7 @@ from hocket.transport.handoff import (
     Expect,
     FrameReceived,
     Instruction,
-    LayerReady,
+    LayersReady,
     LinkGreeted,
     LinkId,
     LinkLost,
@@ -280,7 +280,7 @@ class World:
         if not job.events:
             job.compute(self.prefill_layout, job.ready)
         job.ready += 1
-        self.tell_sender(prefill, LayerReady(job.order.key, job.ready - 1))
+        self.tell_sender(prefill, LayersReady(job.order.key, frozenset((job.ready - 1,))))
 
     # Doing it: links, messages, digests.
 

@@ -20,8 +20,9 @@ from transport_rig import until
 
 from hocket.transport import Link, LinkLost
 from hocket.transport.base import Place
-from hocket.transport.links.cma import HELLO, MAGIC, VERDICT_BYTES, CmaTransport, boot_id
+from hocket.transport.links.cma import HELLO, MAGIC, CmaTransport
 from hocket.transport.links.pull_link import PullLink
+from hocket.transport.links.unix import VERDICT_BYTES, boot_id
 
 SETRESUID = 117  # on x86-64
 FRAME = struct.Struct("<BxxxIQQ")  # and its CRC-32

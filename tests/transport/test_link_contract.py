@@ -15,7 +15,7 @@ from hocket.transport import Link, LinkLost, Listener, Transport
 from hocket.transport.base import DeviceBuffer, HostBuffer, Place
 from hocket.transport.frames import FRAME_BYTES_MAX
 
-SCHEMES = ["inproc", "tcp", "ucx", "cma"]
+SCHEMES = ["inproc", "lab", "tcp", "ucx", "cma", "cuda_ipc"]
 
 
 @dataclass

@@ -21,7 +21,7 @@ from hocket.transport import Link, LinkLost
 from hocket.transport.base import Place
 
 CHILD = Path(__file__).parent / "link_child.py"
-SCHEMES = ["tcp", "ucx", "cma"]
+SCHEMES = ["tcp", "ucx", "cma", "cuda_ipc"]
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hocket.transport import frames
 from hocket.transport.base import Chunk, Expectation, GroupBlocks, HandoffKey, SendOrder
 from hocket.transport.handoff import (
@@ -13,6 +15,7 @@ from hocket.transport.handoff import (
     Expect,
     FrameReceived,
     Instruction,
+    LayersReady,
     LinkGreeted,
     LinkId,
     LinkUp,
@@ -172,3 +175,35 @@ def test_no_message_is_larger_than_allowed_when_a_last_block_is_not_full() -> No
     instructions = sender.on(FrameReceived(LINK, grant), 10.0)
     planned = [message for plan in instructions if isinstance(plan, PlanSend) for message in plan.messages]
     assert [nbytes for _, _, nbytes in planned] == [128, 128, 128, 128], "a whole block of each layer, one token or 16"
+
+
+def test_a_large_chunk_goes_in_so_many_parts_and_a_small_one_in_messages_of_the_least_size() -> None:
+    layers = tuple(KvLayer(str(index), 1, 8) for index in range(16))
+    layout = KvLayout("m", "r", "u8", "u8", layers, KvShape((1,)))
+    for tokens, wanted in ((100, 4), (4, 2), (1, 1), (1000, 8)):  # Of 8 B in each of 16 layers.
+        sizes = MessageSizes(bytes_max=16_000, computed_bytes=256, bulk_bytes=256, chunk_parts=4)
+        sender = Sender(layers=16)
+        key = HandoffKey(bytes(16), 1, 1)
+        sender.on(OpenOrder(SendOrder(key, ("inproc://x",), 4, layout.fingerprint(), tokens, 30.0)), 0.0)
+        sender.on(LinkUp(key, LINK, Wire(layout, layout.shape, i_send=True, sizes=sizes)), 0.0)
+        sender.on(FrameReceived(LINK, frames.Grant(frames.WireKey.of(key), 1, (0,), tokens)), 0.0)
+        done = sender.on(Announce(key, Chunk(0, tokens, (GroupBlocks(0, tuple(range(tokens))),))), 0.0)
+        planned = [plan.messages for plan in done if isinstance(plan, PlanSend)]
+        assert [len(messages) for messages in planned] == [wanted]
+
+
+def test_layers_of_two_chunks_are_not_ready_at_once() -> None:
+    sender = Sender(layers=2)
+    key = HandoffKey(bytes(16), 1, 1)
+    sender.on(OpenOrder(SendOrder(key, ("inproc://x",), 4, FINGERPRINT, 4, 30.0)), 0.0)
+    for first in (0, 2):
+        sender.on(Announce(key, Chunk(first, first + 2, (GroupBlocks(first, (first, first + 1)),))), 0.0)
+    sender.on(LayersReady(key, frozenset((0,))), 0.0)
+    with pytest.raises(ValueError, match="no announced chunk"):
+        sender.on(LayersReady(key, frozenset((0, 1))), 0.0)
+    with pytest.raises(ValueError, match="no announced chunk"):
+        sender.on(LayersReady(key, frozenset((1, 2))), 0.0)
+    sender.on(LayersReady(key, frozenset((1,))), 0.0)
+    sender.on(LayersReady(key, frozenset((0, 1))), 0.0)
+    with pytest.raises(ValueError, match="no announced chunk"):
+        sender.on(LayersReady(key, frozenset((0,))), 0.0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import uvloop
 import xxhash
+from shm_ring import make_shm_pool
 from transport_rig import (
     BLOCK_TOKENS,
     DECODE_EPOCH,
@@ -32,11 +33,10 @@ from hocket.transport import (
     KvShape,
     ReceiveEnd,
     TransportUnavailable,
-    installed_schemes,
     open_transports,
 )
 from hocket.transport.pool import digest_of
-from hocket.transport.registry import start_transports
+from hocket.transport.registry import installed_schemes, schemes_for, start_transports
 
 
 def test_neighbouring_blocks_come_as_one_view_and_a_digest_does_not_see_where_blocks_lie() -> None:
@@ -140,6 +140,16 @@ class Unavailable:
 
     async def start(self) -> None:
         raise TransportUnavailable("no libibverbs")
+
+
+@pytest.mark.skipif(
+    "cuda_ipc" not in installed_schemes(), reason="installed before it had this transport: install again"
+)
+def test_kv_in_gpu_memory_goes_over_cuda_ipc_first_unless_others_are_named() -> None:
+    on_gpu, on_host = make_shm_pool(make_layout(), 1), make_pool(make_layout(), 1)
+    assert schemes_for("ucx,tcp", on_gpu) == "cuda_ipc,ucx,tcp"
+    assert schemes_for("ucx,tcp", on_host) == "ucx,tcp"
+    assert schemes_for("tcp", on_gpu) == "tcp"
 
 
 async def test_a_transport_that_cannot_run_is_left_out_while_another_can(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
+from shm_ring import make_shm_pool
 
+from hocket.lab.link import LabTransport, Network
+from hocket.lab.loop import Process
 from hocket.transport import (
     Chunk,
     Expectation,
@@ -28,13 +33,18 @@ from hocket.transport import (
     Transport,
 )
 from hocket.transport.links.cma import CmaTransport
+from hocket.transport.links.cuda_ipc import CudaIpcTransport
 from hocket.transport.links.inproc import InprocTransport
 from hocket.transport.links.tcp import TcpTransport
+from hocket.transport.poller import Poller
 
 LAYERS = 4
 BLOCK_TOKENS = 16
 HEADS = 2
 DECODE_EPOCH = 77
+
+
+_networks: WeakKeyDictionary[asyncio.AbstractEventLoop, Network] = WeakKeyDictionary()
 
 
 def make_transport(scheme: str) -> Transport:
@@ -43,6 +53,14 @@ def make_transport(scheme: str) -> Transport:
         pytest.importorskip("ucxx")
         transport: Transport = ucx.UcxTransport()
         return transport
+    if scheme == "cuda_ipc":
+        ring = CudaIpcTransport()
+        ring.bind(make_shm_pool(make_layout(), 4), Poller())
+        return ring
+    if scheme == "lab":
+        loop = asyncio.get_running_loop()
+        network = _networks.setdefault(loop, Network(loop, random.Random(1)))
+        return LabTransport(network, Process(loop, "lab"))
     return {"cma": CmaTransport, "inproc": InprocTransport, "tcp": TcpTransport}[scheme]()
 
 

@@ -56,6 +56,22 @@ async def test_a_prompt_computed_elsewhere_is_answered_exactly(cluster: Cluster)
     assert (done.computed_tokens, done.cached_tokens, done.kv_bytes) == (100, 0, 13 * 3 * 64)
 
 
+async def test_a_request_that_is_cancelled_before_it_begins_leaves_no_slot(cluster: Cluster):
+    """As when a paused worker goes on and finds the job and its cancel together."""
+    _, card = await cluster.worker("decode", slots=1)
+    router, prompt = cluster.router, prompt_of(20, 1)
+    for _ in range(2):  # As many as it holds.
+        job = router.job(card, prompt, GREEDY)
+        router.bus.publish_nowait(subjects.decode_jobs(cluster.pool, card.worker_id), encode(job))
+        router.cancel(job)
+    job = router.job(card, prompt, GREEDY)
+    async with asyncio.timeout(5):
+        while not isinstance(await router.ask(card, job), Admitted):
+            pass
+        await router.streams[job.stream_id].ended.wait()
+    assert router.streams[job.stream_id].token_ids == right_answer(prompt, GREEDY)
+
+
 @pytest.mark.parametrize("transports", ["inproc", "tcp", "ucx,tcp"])
 async def test_two_hundred_requests_at_once_are_all_right(cluster: Cluster, transports: str):
     for role in ("prefill", "prefill", "decode", "decode"):

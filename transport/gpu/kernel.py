@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import TransportUnavailable
 from .digest import GOLDEN, SECOND
+from .launch import Launcher
 
 try:
     import triton
@@ -315,13 +316,19 @@ class Kernels:
     def __init__(self, block_bytes: Iterable[int]) -> None:
         # Compiled ones: `kernel[grid](...)` of the public interface costs 21-48 us a call, a compiled one 6-10.
         self._whole: dict[tuple[bool, int], Any] = {}  # triton's CompiledKernel has no type
+        self._direct: dict[object, Launcher] = {}  # by the same, and None: the digest
         for size in sorted(set(block_bytes)):
             for is_gather in (True, False):
-                self._whole[is_gather, size] = _compiled(_move_blocks, len(_MOVE_RUNTIME), *_constants(is_gather, size))
+                kernel = _compiled(_move_blocks, len(_MOVE_RUNTIME), *_constants(is_gather, size))
+                self._whole[is_gather, size] = kernel
+                if not INTERPRETED and (direct := Launcher.of(kernel, len(_MOVE_RUNTIME))):
+                    self._direct[is_gather, size] = direct
         self._cut = {
             is_gather: _compiled(_move_cut, len(_CUT_RUNTIME), is_gather, CUT_TILE_WORDS) for is_gather in (True, False)
         }
         self._digest = _compiled(_digest_run, len(_DIGEST_RUNTIME), TILE_WORDS)
+        if not INTERPRETED and (direct := Launcher.of(self._digest, len(_DIGEST_RUNTIME))):
+            self._direct[None] = direct
         self._fetch = _compiled(_fetch_list, 3, LIST_TILE_WORDS)
 
     def fetch(self, stream: int, source: int, target: int, words: int) -> None:
@@ -331,9 +338,13 @@ class Kernels:
     def move(self, launch: Launch, whole: Whole, *, is_gather: bool) -> None:
         """Launch one pass over whole blocks."""
         stream, listed, staged, report = launch
-        arguments = (*listed, *staged, *report, whole.extent_blocks, *_constants(is_gather, whole.block_bytes))
+        arguments = (*listed, *staged, *report, whole.extent_blocks)
         programs = move_programs(whole.block_bytes, whole.blocks)
-        _launch(self._whole[is_gather, whole.block_bytes], programs, stream, arguments)
+        if direct := self._direct.get((is_gather, whole.block_bytes)):
+            direct(programs, stream, arguments)
+            return
+        constants = _constants(is_gather, whole.block_bytes)
+        _launch(self._whole[is_gather, whole.block_bytes], programs, stream, (*arguments, *constants))
 
     def move_cut(self, launch: Launch, cutting: Cutting, extents: int, *, is_gather: bool) -> None:
         """Launch one pass over so many extents of one cut."""
@@ -346,7 +357,11 @@ class Kernels:
         words = -(-nbytes // 8)
         spare_bits = words * 64 - nbytes * 8
         last_mask = -1 if not spare_bits else (1 << (64 - spare_bits)) - 1
-        _launch(self._digest, digest_programs(nbytes), stream, (staged, words, last_mask, *report, TILE_WORDS))
+        arguments, programs = (staged, words, last_mask, *report), digest_programs(nbytes)
+        if direct := self._direct.get(None):
+            direct(programs, stream, arguments)
+        else:
+            _launch(self._digest, programs, stream, (*arguments, TILE_WORDS))
 
 
 def _constants(is_gather: bool, block_bytes: int) -> tuple[bool, int, int]:

@@ -1,23 +1,35 @@
-"""Messages under way on the GPU: a cell and a flag for each, and pinned memory for its lists of blocks."""
+"""Messages under way on the GPU: a cell and a flag for each, and pinned memory for its lists of blocks.
+
+The flags lie in memory that other processes can map (`ring.py`): who reads a slot of ours sees itself when it is filled. Of one
+flag's messages each has a larger sequence than the one before it.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import TransportError, TransportUnavailable
+from ..pages import SharedPages
+from . import driver
 from .arena import Arena
 from .kernel import Report
+
+if TYPE_CHECKING:
+    from .mover import Armed
 
 try:
     import torch
 except ImportError as error:
     raise TransportUnavailable("KV in GPU memory needs torch, which is not installed") from error
 
+log = logging.getLogger(__name__)
 CELLS = 1024  # 32 KiB of device memory; more messages than any link keeps under way
 _CELL_BYTES = 32  # a memory sector each, so that atomics of two messages do not meet
 _FLAG_WORDS = 8  # a cache line each: sequence, digest
@@ -27,7 +39,7 @@ _WAIT_S = 10.0  # for a cell, when all are taken: a GPU that finishes nothing fo
 class GpuTicket:
     """One message's gather or scatter. `poll` reads pinned memory: 0.2 us, no CUDA call."""
 
-    __slots__ = ("_digest", "_flag", "_owner", "_sequence", "_words", "cell", "table")
+    __slots__ = ("_digest", "_flag", "_owner", "_sequence", "_words", "armed", "cell", "table")
 
     def __init__(self, owner: Tickets, cell: int, table: int | None, sequence: int) -> None:
         self._owner = owner
@@ -35,8 +47,14 @@ class GpuTicket:
         self._flag = cell * _FLAG_WORDS
         self._sequence = sequence
         self._digest: int | None = None
+        self.armed: Armed | None = None  # what is to be launched
         self.cell = cell
         self.table = table  # first byte of its part of the table
+
+    @property
+    def flag(self) -> int:
+        """The word that the last program raises."""
+        return self._flag
 
     @property
     def first_word(self) -> int:
@@ -71,11 +89,13 @@ class Tickets:
     def __init__(self, device: torch.device, table_words: int) -> None:
         is_cuda = device.type == "cuda"
         self._cells = torch.zeros(CELLS * _CELL_BYTES // 8, dtype=torch.int64, device=device)
-        self._flags = torch.zeros(CELLS * _FLAG_WORDS, dtype=torch.int64, pin_memory=is_cuda)
+        self.pages: SharedPages | None = SharedPages(CELLS * _FLAG_WORDS * 8)  # the flags, if others can map them
         self._table = torch.zeros(table_words, dtype=torch.int64, pin_memory=is_cuda)
-        self.flag_words = memoryview(self._flags.numpy()).cast("B").cast("Q")
+        self.flag_words = self.pages.array.data.cast("Q")
         self._cells_at: int = self._cells.data_ptr()
-        self._flags_at: int = self._flags.data_ptr()
+        self._flags_at = self.pages.address
+        if is_cuda:
+            self._register(self.pages)
         self._table_at: int = self._table.data_ptr()
         self.table: npt.NDArray[np.int64] = self._table.numpy()
         self._arena = Arena(table_words * 8, align_bytes=64)
@@ -83,6 +103,16 @@ class Tickets:
         self._running: dict[int, GpuTicket] = {}  # by cell
         self._sequences = itertools.count(1)
         self._lock = threading.Lock()
+
+    def _register(self, pages: SharedPages) -> None:
+        """Have the GPU write to these pages, or else to pinned memory that is ours alone."""
+        try:
+            self._flags_at = driver.register(pages.address, pages.array.nbytes)
+        except driver.DriverError as error:
+            log.warning("no other process can wait for this GPU's messages: %s", error)
+            flags = torch.zeros(CELLS * _FLAG_WORDS, dtype=torch.int64, pin_memory=True)
+            self.pages, self._flags_at = None, flags.data_ptr()
+            self.flag_words = memoryview(flags.numpy()).cast("B").cast("Q")  # Holds the memory.
 
     def take(self, table_words: int) -> GpuTicket:
         """A ticket with room for so many words in the table. Waits only when 1024 messages are under way.
@@ -134,6 +164,13 @@ class Tickets:
             if ticket.table is not None:
                 self._arena.release(ticket.table)
 
+    def cancel(self, ticket: GpuTicket) -> None:
+        """It will not be launched: its flag says that it is through."""
+        ticket.armed = None
+        self.flag_words[ticket.flag + 1] = 0
+        self.flag_words[ticket.flag] = ticket.sequence
+        ticket.poll()
+
     def lose(self, ticket: GpuTicket) -> None:
         """A launch failed: what the ticket holds may still be counted on by an earlier one, so nobody gets it again."""
         with self._lock:
@@ -144,3 +181,9 @@ class Tickets:
         for ticket in list(self._running.values()):
             ticket.poll()
         return len(self._running)
+
+    def close(self) -> None:
+        """No kernel raises a flag any more."""
+        if self.pages is not None and self._table.is_pinned():
+            driver.unregister(self.pages.address)
+            self.pages = None

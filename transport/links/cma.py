@@ -1,9 +1,7 @@
 """Links between two processes of one host: the receiver reads the KV straight out of the sender's memory.
 
 One copy, by the kernel (cross memory attach) or, of memory that can be mapped (`mapped.py`), by ourselves, where a socket
-needs two and a shared-memory queue two more. Control frames
-and offers go over a Unix socket of the abstract namespace, which no other host and no other network namespace reaches;
-the address carries the host's boot id, so that a peer elsewhere is told so at once.
+needs two and a shared-memory queue two more. Control frames and offers go over a Unix socket (`unix.py`).
 
 A peer is who the kernel says it is (SO_PEERCRED): of our own user, and the process whose memory holds the random number
 that it has just sent. A process id is used again some time after its process has died, but the socket's end has ended
@@ -13,33 +11,27 @@ the link by then; a read that was under way brings bytes whose digest does not f
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import re
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ..base import Buffer
 from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportUnavailable
+from . import unix
 from .cursor import host_buffers
 from .mapped import PeerMemory
 from .pull_link import OFFER_BYTES_MAX, PullLink
 from .pulls import PullThreads
 from .tcp import TcpLink
+from .unix import UnixListener, boot_id, exchange_verdicts, peer_pid, receive_exactly
 from .vm import Reader, allow_readers, ranges_of, read_memory, why_not
 
-log = logging.getLogger(__name__)
-GREET_S = 1.0
 MAGIC = b"HOCKCMA1"
 HELLO = struct.Struct("<8s36sQQ16sQ")  # magic, boot id, pid, pid namespace, nonce, where the nonce lies
-VERDICT_BYTES = 256  # what each says of the other: empty, or why not; padded with zeros
-_ADDRESS = re.compile(r"cma://([0-9A-Za-z.-]+):([0-9a-f]+)")
-_CREDENTIALS = struct.Struct("iII")  # struct ucred
 
 
 class CmaMover:
@@ -59,52 +51,6 @@ class CmaMover:
 
     def pull(self, words: bytes, nbytes: int, buffers: Sequence[Buffer]) -> Reader:
         return Reader(self._memory, words, nbytes, host_buffers(buffers))
-
-
-class CmaListener:
-    def __init__(self, transport: CmaTransport, on_link: Callable[[LinkContract], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._transport = transport
-        self._on_link = on_link
-        self._tasks: set[asyncio.Task[None]] = set()
-        number = os.urandom(8).hex()
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.setblocking(False)
-        self._server.bind(_socket_name(number))
-        self._server.listen(128)
-        self._address = f"cma://{boot_id()}:{number}"
-        self._loop.add_reader(self._server, self._accept)
-
-    @property
-    def address(self) -> str:
-        return self._address
-
-    async def aclose(self) -> None:
-        self._loop.remove_reader(self._server)
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._server.accept()
-        except OSError as error:
-            log.warning("did not accept a connection: %s", error)
-            return
-        connection.setblocking(False)
-        task = self._loop.create_task(self._greet(connection), name="cma-accept")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _greet(self, connection: socket.socket) -> None:
-        try:
-            link = await self._transport.greet(connection, "cma://dialler", timeout_s=GREET_S)
-        except LinkLost as error:
-            log.warning("did not accept a connection: %s", error)
-            return
-        self._on_link(link)
 
 
 class CmaTransport:
@@ -127,34 +73,17 @@ class CmaTransport:
         allow_readers()
         self._threads = PullThreads("cma")
 
-    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> CmaListener:
+    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> UnixListener:
         """`host` plays no part: only this one's processes get here."""
         self._running()
-        return CmaListener(self, on_link)
+        return UnixListener(self.scheme, self._greet, on_link)
 
     async def connect(self, address: str, *, timeout_s: float) -> PullLink:
         """Raises LinkLost when nobody answers in time or it is on another host, ValueError for another scheme."""
         self._running()
-        matched = _ADDRESS.fullmatch(address)
-        if not matched:
-            raise ValueError(f"not an address of cma: {address!r}")
-        if matched[1] != boot_id():
-            raise LinkLost(f"{address} is on another host than this one ({boot_id()})")
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await loop.sock_connect(connection, _socket_name(matched[2]))
-        except (OSError, TimeoutError) as error:
-            connection.close()
-            why = "another network namespace, or gone" if isinstance(error, ConnectionRefusedError) else error
-            raise LinkLost(f"no answer from {address}: {why or 'timeout'}") from error
-        except asyncio.CancelledError:
-            connection.close()
-            raise
-        return await self.greet(connection, address, timeout_s=deadline - loop.time())
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        connection = await unix.connect(self.scheme, address, timeout_s=timeout_s)
+        return await self._greet(connection, address, deadline - asyncio.get_running_loop().time())
 
     async def aclose(self) -> None:
         for link in list(self._links):
@@ -163,7 +92,7 @@ class CmaTransport:
             await self._threads.aclose()
             self._threads = None
 
-    async def greet(self, connection: socket.socket, peer: str, *, timeout_s: float) -> PullLink:
+    async def _greet(self, connection: socket.socket, peer: str, timeout_s: float) -> PullLink:
         """Make a link of a connection, once each side has read a random number out of the other; closes it if not."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -184,15 +113,6 @@ class CmaTransport:
         return self._threads
 
 
-def boot_id() -> str:
-    """Which run of which host this is: 36 characters, random at each boot, the same in every container."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _socket_name(number: str) -> str:
-    return f"\0hocket-cma-{number}"
-
-
 async def _greet(connection: socket.socket, peer: str) -> int:
     """Whose memory it is that the other side offers. Raises LinkLost, OSError."""
     loop = asyncio.get_running_loop()
@@ -209,15 +129,10 @@ async def _greet(connection: socket.socket, peer: str) -> int:
     refusal = ""
     pid = 0
     try:
-        pid = _checked_pid(connection, await _receive(connection, HELLO.size))
+        pid = _checked_pid(connection, await receive_exactly(connection, HELLO.size))
     except LinkLost as error:
         refusal = str(error)
-    await loop.sock_sendall(connection, refusal.encode()[:VERDICT_BYTES].ljust(VERDICT_BYTES, b"\0"))
-    if refusal:
-        raise LinkLost(f"cannot read {peer}: {refusal}")
-    verdict = (await _receive(connection, VERDICT_BYTES)).rstrip(b"\0").decode(errors="replace")
-    if verdict:
-        raise LinkLost(f"{peer} cannot read this process: {verdict}")
+    await exchange_verdicts(connection, peer, refusal)
     return pid
 
 
@@ -227,10 +142,7 @@ def _checked_pid(connection: socket.socket, hello: bytes) -> int:
         raise LinkLost("it speaks another version")
     if boot != boot_id().encode():
         raise LinkLost(f"it is on another host ({boot.decode(errors='replace')})")
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(raw)
-    if uid != os.geteuid():
-        raise LinkLost(f"it is of user {uid}, this process of user {os.geteuid()}")
+    pid = peer_pid(connection)
     if not pid:
         raise LinkLost("it is in a pid namespace that this process does not see")
     if namespace == _pid_namespace() and said_pid != pid:
@@ -241,19 +153,8 @@ def _checked_pid(connection: socket.socket, hello: bytes) -> int:
         raise LinkLost(f"no access to the memory of process {pid}: {why_not(error)}") from error
     if found != nonce:
         raise LinkLost(f"the memory of process {pid} is not the peer's")
-    return int(pid)
+    return pid
 
 
 def _pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
-
-
-async def _receive(connection: socket.socket, nbytes: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    received = b""
-    while len(received) < nbytes:
-        piece = await loop.sock_recv(connection, nbytes - len(received))
-        if not piece:
-            raise ConnectionError("it closed the connection")
-        received += piece
-    return received

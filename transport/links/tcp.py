@@ -138,6 +138,16 @@ class TcpLink:
         if self._wanted:
             self._loop.call_soon(self._resume)
 
+    def withdraw(self, tag: int) -> None:
+        """Forget a receive of which nothing has come; its `done` is not called."""
+        receive = self._receives.pop(tag)
+        assert receive.cursor is None, f"message {tag:#x} has begun to come"
+
+    def flush(self) -> None:
+        """Write now what the socket takes, not in the loop's next turn."""
+        if not self._is_writing:
+            self._write()
+
     def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
         self._on_control, self._on_lost = on_control, on_lost
         if self._error:

@@ -103,6 +103,15 @@ def ids(text) -> list[int]:
     return text.prompts._encode([words], False)[0][:20]  # The same as `encode`, without waiting.
 
 
+async def test_a_closed_stream_is_not_written_again(text, ids) -> None:
+    rig = Rig(text)
+    rig.send(0, ids[:1])
+    assert rig.path.close(rig.ids[0])
+    await asyncio.sleep(0)
+    assert (rig.kept[0].writes, rig.kept[0].ends) == (0, [])
+    assert not rig.path.close(rig.ids[0])
+
+
 async def test_tokens_of_one_turn_leave_in_one_write(text, ids) -> None:
     rig = Rig(text)
     for index in range(3):

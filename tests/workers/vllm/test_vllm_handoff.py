@@ -52,6 +52,17 @@ async def test_eight_hand_offs_at_once_do_not_mix(pair: EnginePair, scheme: str)
         assert outcome.cached_tokens == 0
 
 
+async def test_a_hand_off_is_counted_on_both_sides_with_its_bytes(pair: EnginePair) -> None:
+    sender, receiver = pair.prefill_engine, pair.decode_engine
+    sent, received = sender.handoff_counts(), receiver.handoff_counts()
+    landed = (sent.sent.get("landed", 0), received.received.get("landed", 0))
+    outcome, _ = await pair.hand_off(random_prompt(300, 6))
+    sent_after, received_after = sender.handoff_counts(), receiver.handoff_counts()
+    assert (sent_after.sent["landed"], received_after.received["landed"]) == (landed[0] + 1, landed[1] + 1)
+    assert sent_after.kv_bytes_sent - sent.kv_bytes_sent == outcome.kv_bytes
+    assert received_after.kv_bytes_received - received.kv_bytes_received == outcome.kv_bytes
+
+
 async def test_only_what_the_decode_engine_lacks_travels(pair: EnginePair) -> None:
     prompt = random_prompt(300, 3)
     reference = await pair.reference(prompt)

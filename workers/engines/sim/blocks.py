@@ -30,6 +30,10 @@ class BlockPool:
     def cached_blocks(self) -> int:
         return len(self._block_of)
 
+    def is_held(self, block: int) -> bool:
+        """Whether somebody has it."""
+        return self._references[block] > 0
+
     def hit(self, hashes: Iterable[int]) -> list[int]:
         """The cached blocks of the longest known start of this chain; they are not held yet."""
         found = []

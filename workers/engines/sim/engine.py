@@ -51,7 +51,13 @@ class SimEngine:
     """Implements `Engine`. Everything happens on the loop that started it."""
 
     def __init__(
-        self, config: WorkerConfig, *, worker_id: str, epoch: int, transports: Sequence[Transport] | None = None
+        self,
+        config: WorkerConfig,
+        *,
+        worker_id: str,
+        epoch: int,
+        transports: Sequence[Transport] | None = None,
+        make_endpoint: Callable[..., HandoffEndpoint] = HandoffEndpoint,
     ) -> None:
         self._config = config
         name = config.served_name or PurePath(config.model).name  # A folder may lie elsewhere on another host.
@@ -71,7 +77,7 @@ class SimEngine:
                 f"max_model_len {self._model_len_max} needs more KV than {kv_tokens} tokens; raise kv_blocks"
             )
         self._ranks = [
-            HandoffEndpoint(
+            make_endpoint(
                 pool,
                 open_transports(config.transports) if transports is None else transports,
                 worker_name=worker_id,
@@ -143,6 +149,10 @@ class SimEngine:
             await work.done
         finally:
             self._drop(work)
+
+    def is_held(self, block: int) -> bool:
+        """Whether some task has this block of the KV."""
+        return self._scheduler.blocks.is_held(block)
 
     def load(self) -> EngineLoad:
         return EngineLoad(len(self._scheduler.active), len(self._scheduler.waiting), self._scheduler.blocks.free_blocks)
@@ -322,8 +332,7 @@ class SimEngine:
         if work.cached_blocks:
             group = GroupBlocks(0, tuple(work.blocks[: work.cached_blocks]))
             self.endpoint.announce(task.key, Chunk(0, work.computed, (group,)))
-            for layer in range(self.kv.layers):
-                self.endpoint.layer_ready(task.key, layer)
+            self.endpoint.layers_ready(task.key, range(self.kv.layers))
         if work.computed < len(work.tokens):
             self._scheduler.computing[work] = None
 

@@ -29,6 +29,7 @@ from ..base import (
     EngineError,
     EngineInfo,
     EngineLoad,
+    HandoffCounts,
     HandoffFailed,
     PrefillOutcome,
     PrefillTask,
@@ -36,6 +37,7 @@ from ..base import (
 )
 from . import reaper, versions
 from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set
+from .handoff_counts import EndedHandoffs
 from .kv_events import Subscription
 from .kv_groups import KvGroups
 from .link_probes import ProbeQuestions
@@ -97,7 +99,7 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
         self._tasks: set[asyncio.Task[object]] = set()
-        self._received: dict[str, int] = {}
+        self._handoffs = EndedHandoffs()
 
     # Start and stop.
 
@@ -246,9 +248,10 @@ class VllmEngine:
             case TaskEnded():
                 resolve(self._ends.tasks.pop(note.task, None), None)
             case SendEnded():
+                self._handoffs.note(note)
                 resolve(self._ends.sends.pop(note.key, None), note)
             case ReceiveEnded():
-                self._received[note.reason or "landed"] = self._received.get(note.reason or "landed", 0) + 1
+                self._handoffs.note(note)
                 resolve(self._ends.receives.pop(note.token, None), note)
             case ProbeEnded():
                 self._probes.on_ended(note)
@@ -315,10 +318,9 @@ class VllmEngine:
         assert self._layout is not None, "start first"
         return self._layout
 
-    @property
-    def received(self) -> dict[str, int]:
-        """Hand-offs that ended here since the start, by "landed" or the reason."""
-        return dict(self._received)
+    def handoff_counts(self) -> HandoffCounts:
+        """For the metrics; what the links move bytes with is known in vLLM's process alone."""
+        return self._handoffs.counts()
 
     # Requests.
 
@@ -448,7 +450,6 @@ class VllmEngine:
         self, request_id: str, number: int, prompt: tuple[list[int], Unchecked], on_output: Callable[[Unchecked], None]
     ) -> None:
         """Run one request to its end; however it ends, its blocks are free then, or will be in this step."""
-        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         token_ids, params = prompt
@@ -460,7 +461,7 @@ class VllmEngine:
                 async for output in outputs:
                     on_output(output)
             is_over = True
-        except (VLLMClientError, ValueError) as error:  # ValueError: 0.26.
+        except versions.client_errors() as error:
             self._ends.tasks.pop(number, None)
             raise BadTask(str(error)) from error
         except EngineDeadError as error:

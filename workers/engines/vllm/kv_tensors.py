@@ -92,7 +92,7 @@ def pool_of(
     tensors: Mapping[str, torch.Tensor],
     facts: ModelFacts,
     *,
-    staging_bytes: int = 256 << 20,
+    staging_bytes: int = 512 << 20,
     verifies_blocks: bool = False,
 ) -> HostKvPool | CudaKvPool:
     """The pool over `tensors` (layer name -> (blocks, KV heads, tokens, 2 x head size)), without a copy.

@@ -14,6 +14,7 @@ from ....bus.messages import (
     TokenLogprob,
 )
 from ..base import BadTask, StepOutput
+from . import versions
 from .versions import Unchecked
 
 _FINISH = {
@@ -28,11 +29,10 @@ _FINISH = {
 def decode_sampling(sampling: SamplingParams, kv_params: Mapping[str, object]) -> Unchecked:
     """vLLM's parameters of a decode request. Raises BadTask for values that vLLM refuses."""
     import vllm
-    from vllm.exceptions import VLLMClientError
 
     try:
         return _decode_sampling(vllm.SamplingParams, sampling, kv_params)
-    except (VLLMClientError, ValueError) as error:  # ValueError: 0.26.
+    except versions.client_errors() as error:
         raise BadTask(str(error)) from error
 
 

@@ -104,6 +104,14 @@ def prompt_of(token_ids: list[int]) -> Unchecked:
     return tokens_input(token_ids)
 
 
+def client_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request that is wrong; 0.26 has no class of its own for it."""
+    import vllm.exceptions
+
+    own: type[Exception] | None = getattr(vllm.exceptions, "VLLMClientError", None)
+    return (ValueError,) if own is None else (own, ValueError)
+
+
 def end_all_requests(llm: Unchecked) -> None:
     """Make every running `generate` raise EngineDeadError: vLLM leaves them waiting when its process was killed."""
     from vllm.v1.engine.exceptions import EngineDeadError

