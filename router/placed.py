@@ -80,6 +80,9 @@ class OtherRouters:
     def __init__(self) -> None:
         self._heard: dict[RouterId, tuple[PlacedLoad, float]] = {}
 
+    def __len__(self) -> int:
+        return len(self._heard)
+
     def heard(self, placed: PlacedLoad, now: float) -> set[WorkerId]:
         """Decode workers whose sum may be another one now."""
         before = self._heard.pop(placed.router_id, None)

@@ -7,6 +7,7 @@ the worker that looked idle to each of them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SAY_S = 0.5
 CHANGE_GAP_S = 0.02  # between two messages that a change causes
+CHANGE_GAP_PER_WORKER_S = 0.0002  # 1,000 decode workers are 30 kB
 OVERDUE_TICK_S = 0.1  # while jobs wait in lanes: so much later than due they are said to be overdue
 
 Tenants = Mapping[str, tuple[int, int]]
@@ -57,20 +59,31 @@ class LoadSharing:
         await self._bus.subscribe(subjects.placed_all(self._pool), self._on_placed)
 
     async def run(self) -> None:
-        """Speak until cancelled."""
+        """Speak until cancelled. Who is alone has little to say before anything is overdue."""
+        said_s = -SAY_S
         try:
             while True:
-                self._say()
-                await asyncio.sleep(CHANGE_GAP_S)
-                try:
-                    async with asyncio.timeout((OVERDUE_TICK_S if len(self.jobs) else SAY_S) - CHANGE_GAP_S):
-                        await self._changed.wait()
-                except TimeoutError:
-                    pass
-                self._changed.clear()
-                self._share(self.others.expire(self._clock()))
+                now = self._clock()
+                self._share(self.others.expire(now))
+                placed = self._placed(now)
+                is_news = self._changed.is_set() and len(self.others) > 0
+                if is_news or now - said_s >= SAY_S or any(lane.overdue for lane in placed.lanes.values()):
+                    said_s = now
+                    self._changed.clear()
+                    self._publish(placed)
+                gap_s = CHANGE_GAP_S + CHANGE_GAP_PER_WORKER_S * len(placed.decode)
+                await asyncio.sleep(gap_s)
+                await self._wait_news(OVERDUE_TICK_S if len(self.jobs) else SAY_S - gap_s)
         finally:
             self._publish(PlacedLoad(self._router_id, has_left=True))
+
+    async def _wait_news(self, timeout_s: float) -> None:
+        if not len(self.others):
+            await asyncio.sleep(max(timeout_s, CHANGE_GAP_S))
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def waiting_elsewhere(self, lane: WorkerId | None) -> int:
         """Prompt tokens of other routers' jobs that nobody has claimed, in a worker's lane or (None) the shared one."""
@@ -80,14 +93,14 @@ class LoadSharing:
         """Something was placed or has ended: say so soon."""
         self._changed.set()
 
-    def _say(self) -> None:
+    def _placed(self, now: float) -> PlacedLoad:
         decode_load = {
             member.card.worker_id: (len(member.in_flight), member.in_flight_blocks)
             for member in self._view.members("decode")
             if member.in_flight
         }
-        lanes = self.jobs.loads(self._clock(), self._can_take_work)
-        self._publish(PlacedLoad(self._router_id, decode_load, lanes, dict(self.tenants())))
+        lanes = self.jobs.loads(now, self._can_take_work)
+        return PlacedLoad(self._router_id, decode_load, lanes, dict(self.tenants()))
 
     def _publish(self, placed: PlacedLoad) -> None:
         self._bus.publish_nowait(subjects.placed(self._pool, self._router_id), encode(placed))
@@ -103,7 +116,10 @@ class LoadSharing:
             log.warning("dropped a message about load that is none: %s", error)
             return
         if isinstance(placed, PlacedLoad) and placed.router_id != self._router_id:
+            routers = len(self.others)
             self._share(self.others.heard(placed, self._clock()))
+            if len(self.others) > routers:
+                self.changed()  # It should know us at once.
             self.on_others(self.others.tenants())
 
     def _share(self, workers: set[WorkerId]) -> None:
