@@ -74,6 +74,10 @@ class PulledJob(Protocol):
         """1 for the first delivery of this job."""
 
     @property
+    def behind(self) -> int:
+        """Jobs that were in its lane behind it when it was delivered."""
+
+    @property
     def ack_subject(self) -> str:
         """With it, anyone may nak on this worker's behalf (`JobQueue.nak_for`)."""
 
@@ -90,11 +94,22 @@ class PulledJob(Protocol):
         """Remove it without an effect."""
 
 
+Room = Callable[[], int]
+"""How many jobs its owner would take now; 0: none."""
+
+
 class JobPuller(Protocol):
-    """One open pull of a worker; use one for each free slot."""
+    """One open request for a lane's jobs: for as many as there is room for, taken back when there is none any more."""
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs that have been asked for and not been pulled yet."""
 
     async def pull(self) -> PulledJob:
         """Wait for the next job; survives reconnects and restarts of the server. Cancelling it loses no job."""
+
+    def room_changed(self) -> None:
+        """Its owner's room is another one now."""
 
     async def aclose(self) -> None:
         """Give back what arrived but was never pulled."""
@@ -109,8 +124,11 @@ class JobQueue(Protocol):
         Raises QueueFull, QueueUnavailable or BusDisconnected.
         """
 
-    async def puller(self, subject: str) -> JobPuller:
-        """A puller on the jobs of `subject`; every puller of one subject shares its jobs."""
+    async def puller(self, subject: str, room: Room = ...) -> JobPuller:
+        """A puller on the jobs of `subject`, one at a time unless told the `room`; all pullers of a subject share its jobs."""
+
+    async def take(self, subject: str) -> PulledJob | None:
+        """The next job of a lane if there is one now, also of a lane whose worker is gone. Raises BusError."""
 
     async def delete(self, sequence: int) -> bool:
         """Remove a job that nobody needs any more; False when it was not there."""

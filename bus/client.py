@@ -211,6 +211,20 @@ class BusClient(Client):  # type: ignore[misc]  # nats-py has no types
         if self.is_connected:
             await self._send_unsubscribe(subscription_id)
 
+    async def retire_direct(self, subscription_id: int) -> bool:
+        """Unsubscribe, and hear what was on its way already. False: the connection was lost meanwhile."""
+        self._subs.pop(subscription_id, None)
+        try:
+            if not self.is_connected:
+                return False
+            await self._send_unsubscribe(subscription_id)
+            await self.flush()
+        except (ConnectionLost, TimeoutError):
+            return False
+        finally:
+            self._handlers.pop(subscription_id, None)
+        return True
+
     # ---- receive
 
     async def _read_loop(self) -> None:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
-import xxhash
 
 from . import subjects
-from .base import BusDisconnected, BusError, Delivery, NoResponders, QueueFull, QueueUnavailable, RequestTimeout
+from .base import BusDisconnected, BusError, Delivery, NoResponders, QueueFull, QueueUnavailable, RequestTimeout, Room
 from .jetstream import (
     ADVISORY_MAX_DELIVERIES,
     CONSUMER_EXISTS,
@@ -38,7 +37,7 @@ from .jetstream import (
     ensure_stream,
     seconds,
 )
-from .jobs_pull import NatsJobPuller, nak_payload
+from .jobs_pull import NatsJob, NatsJobPuller, consumer_name, nak_payload, one_job, take_now
 
 if TYPE_CHECKING:
     from .nats_bus import NatsBus, NatsSubscription
@@ -50,6 +49,9 @@ DEDUP_WINDOW_S = 120.0  # longer than any router goes on publishing one attempt
 WATCHERS = "hk-exhausted"  # queue group: one router handles each exhausted job
 ACK_PENDING_MAX = 10_000  # jobs that all workers of a lane hold at once; past it the queue waits
 PULLS_WAITING_MAX = 16_384  # open pulls of a lane; a pull past it would be refused without a word
+LANE_IDLE_S = (
+    900.0  # nobody pulls from a worker's lane any more: the server may forget its consumer; who needs it makes it again
+)
 PUBLISH_RETRY_S = 0.05
 
 _pub_ack = msgspec.json.Decoder(PubAck)
@@ -120,13 +122,21 @@ class NatsJobQueue:
             raise QueueFull(f"the work queue is full: {ack.error.description}")
         raise QueueUnavailable(str(JetStreamError(ack.error)))
 
-    async def puller(self, subject: str) -> NatsJobPuller:
-        """One open pull on the jobs of `subject`."""
-        consumer = await self.ensure_consumer(subject)
-        puller = NatsJobPuller(self._bus, self, subject, consumer)
+    async def puller(self, subject: str, room: Room = one_job) -> NatsJobPuller:
+        """One open request for jobs of `subject`."""
+        await self.ensure_consumer(subject)
+        puller = NatsJobPuller(self._bus, self, subject, room)
         await puller.open()
         self._pullers[puller] = None
         return puller
+
+    async def take(self, subject: str) -> NatsJob | None:
+        """The next job of a lane if there is one now."""
+        try:
+            return await take_now(self._bus, consumer_name(subject))
+        except NoResponders:  # Nobody has pulled from it yet, or for long.
+            await self.ensure_consumer(subject)
+            return await take_now(self._bus, consumer_name(subject))
 
     def forget(self, puller: NatsJobPuller) -> None:
         """A puller was closed."""
@@ -197,6 +207,8 @@ class NatsJobQueue:
             "max_waiting": PULLS_WAITING_MAX,
             "num_replicas": 0,  # as the stream
         }
+        if subjects.is_lane(subject):  # Of a worker that will not come back under this name.
+            config["inactive_threshold"] = seconds(LANE_IDLE_S)
         body = {"stream_name": STREAM, "config": config, "action": "" if self._may_update else "create"}
         try:
             await call(self._bus, api_subject("CONSUMER", "CREATE", STREAM, name, subject), body, ApiAnswer)
@@ -245,8 +257,3 @@ def check_job(payload: bytes, job_id: str, ttl_s: float, limits: JobLimits) -> N
         raise ValueError(f"ttl_s must be more than 0, got {ttl_s}")
     if len(payload) > limits.max_job_bytes:
         raise ValueError(f"a job of {len(payload)} B exceeds the queue's {limits.max_job_bytes} B")
-
-
-def consumer_name(subject: str) -> str:
-    """The lane's durable consumer: readable, and its own even where two subjects read alike."""
-    return f"{subject.replace('.', '_')}-{xxhash.xxh3_64_hexdigest(subject.encode())[:8]}"

@@ -1,7 +1,8 @@
 """One worker's open pull on the work queue, and the job that comes through it.
 
-nats-py's fetch() loses a job when it is cancelled and hides a deleted consumer; this keeps one `batch=1` request open at
-the server, asks again whenever the server may have lost it, and keeps a job that comes when nobody waits.
+nats-py's fetch() loses a job when it is cancelled and hides a deleted consumer; this keeps one request open at the server,
+asks again whenever the server may have lost it, takes it back when there is no room for jobs any more (else a busy worker
+gets what an idle one waits for), and keeps a job that comes when nobody waits.
 https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-13.md
 """
 
@@ -13,9 +14,10 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
+import xxhash
 
 from . import subjects
-from .base import BusDisconnected, BusError, NoResponders, QueueUnavailable, RequestTimeout
+from .base import BusDisconnected, BusError, NoResponders, QueueUnavailable, RequestTimeout, Room
 from .jetstream import MESSAGE_DELETE_FAILED, ApiAnswer, api_subject, seconds, status_of
 
 if TYPE_CHECKING:
@@ -31,8 +33,16 @@ BACKOFF_S = 0.25  # an election, a starting server
 CONFIRM_TRY_S = 0.5  # an answer takes 1 ms
 CONFIRM_TIMEOUT_S = 10.0  # for ack and term: longer than the election of a new stream leader (4.5 to 8 s)
 
+TAKE_TIMEOUT_S = 0.5  # an answer takes 1 ms
+BATCH_MAX = 256  # jobs of one request
+
 _NAK = b"-NAK"
 """Back to the queue, now."""
+
+
+def one_job() -> int:
+    """The room of who takes one job at a time."""
+    return 1
 
 
 def nak_payload(delay_s: float) -> bytes:
@@ -49,14 +59,24 @@ class OpenPull:
         self._expires_at = 0.0
         self._not_before = 0.0
         self.is_consumer_in_doubt = False
+        self.due = 0  # jobs that may still come for it
 
-    def sent(self, now: float) -> None:
-        """A request went out."""
+    def sent(self, now: float, batch: int = 1) -> None:
+        """A request for so many jobs went out."""
         self.is_open, self._heard_at, self._expires_at = True, now, now + PULL_EXPIRES_S + 1.0
+        self.due = batch
 
-    def on_job(self) -> None:
-        """A job came: it used the request up."""
-        self.is_open = False
+    def on_job(self) -> bool:
+        """A job came; False: one too many, for a request that was thought lost."""
+        was_due = self.due > 0
+        self.due = max(0, self.due - 1)
+        if not self.due:
+            self.is_open = False
+        return was_due
+
+    def withdrawn(self) -> None:
+        """The request was taken back."""
+        self.is_open, self.due = False, 0
 
     def on_status(self, status: str, description: bytes, now: float) -> None:
         """The server spoke without a job."""
@@ -86,13 +106,14 @@ class OpenPull:
 
 
 class NatsJobPuller:
-    """One pull at a time; use one for each free slot."""
+    """One request at a time, for as many jobs as there is room for."""
 
-    def __init__(self, bus: NatsBus, queue: NatsJobQueue, subject: str, consumer: str) -> None:
+    def __init__(self, bus: NatsBus, queue: NatsJobQueue, subject: str, room: Room) -> None:
         self._bus = bus
         self._queue = queue
         self._subject = subject
-        self._pull_subject = api_subject("CONSUMER", "MSG", "NEXT", subjects.PREFILL_STREAM, consumer)
+        self._room = room
+        self._pull_subject = _pull_subject(consumer_name(subject))
         self._inbox = bus.new_inbox()
         self._subscription_id = 0
         self._open_pull = OpenPull()
@@ -101,9 +122,15 @@ class NatsJobPuller:
         self._is_waited = False
         self._give_back: asyncio.TimerHandle | None = None
         self._is_closed = False
-        self._request = msgspec.json.encode(
-            {"batch": 1, "expires": seconds(PULL_EXPIRES_S), "idle_heartbeat": seconds(HEARTBEAT_S)}
-        )
+
+    @property
+    def outstanding(self) -> int:
+        """Jobs that have been asked for and not been pulled yet."""
+        return len(self._ready) + (self._open_pull.due if self._open_pull.is_open else 0)
+
+    def room_changed(self) -> None:
+        """Ask, or take the request back."""
+        self._news.set()
 
     async def open(self) -> None:
         """Listen on the inbox. Delivered jobs carry their own subject, so the inbox belongs to this puller alone."""
@@ -136,6 +163,10 @@ class NatsJobPuller:
     async def _act(self, now: float) -> float:
         """Ask the server when it is time to; how long to wait for news after that."""
         state = self._open_pull
+        room = min(self._room(), BATCH_MAX)
+        if room <= 0:
+            await self._withdraw()
+            return 0.0 if self._ready else PULL_EXPIRES_S
         wait_s = state.wait_s(now)
         if wait_s > 0:
             return wait_s
@@ -148,10 +179,22 @@ class NatsJobPuller:
                 log.warning("the work queue is away: %s", error)
                 return BACKOFF_S
             state.is_consumer_in_doubt = False
-        if not self._bus.publish_nowait(self._pull_subject, self._request, reply=self._inbox):
+        request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (
+            room, seconds(PULL_EXPIRES_S), seconds(HEARTBEAT_S),
+        )  # fmt: skip
+        if not self._bus.publish_nowait(self._pull_subject, request, reply=self._inbox):
             return BACKOFF_S
-        state.sent(asyncio.get_running_loop().time())
+        state.sent(asyncio.get_running_loop().time(), room)
         return HEARTBEAT_S
+
+    async def _withdraw(self) -> None:
+        """Without its inbox the server drops the request; what is on its way already still comes."""
+        if not self._open_pull.is_open or not self._bus.is_connected:
+            return
+        old, self._inbox = self._subscription_id, self._bus.new_inbox()
+        await self.open()
+        if await self._bus.client.retire_direct(old):
+            self._open_pull.withdrawn()
 
     def on_connection(self, is_connected: bool) -> None:
         """Called by the queue at each change."""
@@ -168,13 +211,13 @@ class NatsJobPuller:
         self._news.set()
 
     def _take(self, job: NatsJob, loop: asyncio.AbstractEventLoop) -> None:
-        self._open_pull.on_job()
-        if self._ready or self._is_closed:
-            # A request that was thought lost was not: this slot has its job already.
+        if not self._open_pull.on_job() or self._is_closed:
             self._bus.publish_nowait(job.ack_subject, _NAK)
             return
         self._ready.append(job)
-        if not self._is_waited:  # A cancelled pull. Another worker should get it before `ack_wait_s` runs out.
+        if (
+            not self._is_waited and self._give_back is None
+        ):  # A cancelled pull. Another worker should get it before `ack_wait_s` runs out.
             wait_s = min(2.0, self._queue.limits.ack_wait_s / 3)
             self._give_back = loop.call_later(wait_s, self._give_back_ready)
 
@@ -219,6 +262,11 @@ class NatsJob:
     def ack_subject(self) -> str:
         """With it, anyone may nak on this worker's behalf."""
         return self._ack_subject
+
+    @property
+    def behind(self) -> int:
+        """Jobs that were in its lane behind it when it was delivered."""
+        return int(self._fact(8))
 
     @property
     def delivery(self) -> int:
@@ -273,3 +321,46 @@ class NatsJob:
         error = msgspec.json.decode(answer.payload, type=ApiAnswer).error
         if error is not None and error.code >= 500 and error.err_code != MESSAGE_DELETE_FAILED:
             raise QueueUnavailable(error.description)  # else: it was removed before
+
+
+def consumer_name(subject: str) -> str:
+    """The lane's durable consumer: readable, and its own even where two subjects read alike."""
+    return f"{subject.replace('.', '_')}-{xxhash.xxh3_64_hexdigest(subject.encode())[:8]}"
+
+
+def _pull_subject(consumer: str) -> str:
+    return api_subject("CONSUMER", "MSG", "NEXT", subjects.PREFILL_STREAM, consumer)
+
+
+async def take_now(bus: NatsBus, consumer: str) -> NatsJob | None:
+    """One request that does not wait. Raises NoResponders when there is no such consumer; cancelling it loses no job."""
+    answer: asyncio.Future[NatsJob | str] = asyncio.get_running_loop().create_future()
+
+    def on_message(_: bytes, reply: bytes, payload: bytes, header: bytes) -> None:
+        is_status = bool(header) and not reply and status_of(header).isdigit()
+        if answer.done():
+            if not is_status:
+                bus.publish_nowait(reply.decode(), _NAK)
+        else:
+            answer.set_result(status_of(header) if is_status else NatsJob(bus, payload, reply.decode()))
+
+    inbox = bus.new_inbox()
+    subscription_id = await bus.client.subscribe_direct(inbox, on_message)
+    try:
+        if not bus.publish_nowait(_pull_subject(consumer), b'{"batch":1,"no_wait":true}', reply=inbox):
+            return None
+        async with asyncio.timeout(TAKE_TIMEOUT_S):
+            got = await asyncio.shield(answer)
+    except TimeoutError:
+        answer.cancel()
+        return None
+    except asyncio.CancelledError:
+        if answer.done() and isinstance(job := answer.result(), NatsJob):
+            bus.publish_nowait(job.ack_subject, _NAK)
+        answer.cancel()
+        raise
+    finally:
+        await bus.client.retire_direct(subscription_id)
+    if got == "503":
+        raise NoResponders(f"no consumer {consumer}")
+    return got if isinstance(got, NatsJob) else None

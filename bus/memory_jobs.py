@@ -11,9 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from . import subjects
-from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable
+from .base import BusDisconnected, BusError, QueueFull, QueueUnavailable, Room
 from .jobs import DEDUP_WINDOW_S, PUBLISH_RETRY_S, JobLimits, check_job
-from .jobs_pull import CONFIRM_TIMEOUT_S, CONFIRM_TRY_S, PULL_EXPIRES_S
+from .jobs_pull import CONFIRM_TIMEOUT_S, CONFIRM_TRY_S, PULL_EXPIRES_S, one_job
 
 if TYPE_CHECKING:
     from .memory_bus import MemoryBroker, MemoryBus
@@ -192,12 +192,21 @@ class MemoryStore:
                 if puller is None:
                     break
                 del lane.waiting[puller]
-                (lane.again or lane.fresh).popleft()
-                job.delivery += 1
-                job.is_out = True
-                self._start_timer(job, self.limits.ack_wait_s)
-                delivered = MemoryJob(puller.bus, self, job.sequence, job.payload, job.delivery)
-                self._broker.deliver(puller.bus, puller.deliver, delivered)
+                self._broker.deliver(puller.bus, puller.deliver, self._hand_out(lane, job, puller.bus))
+
+    def take(self, subject: str, bus: MemoryBus) -> MemoryJob | None:
+        """The next job of a lane, if there is one now."""
+        self._expire(self._broker.now())
+        lane = self._lane(subject)
+        job = self._first(lane)
+        return None if job is None else self._hand_out(lane, job, bus)
+
+    def _hand_out(self, lane: _Lane, job: _Stored, bus: MemoryBus) -> MemoryJob:
+        (lane.again or lane.fresh).popleft()
+        job.delivery += 1
+        job.is_out = True
+        self._start_timer(job, self.limits.ack_wait_s)
+        return MemoryJob(bus, self, job, behind=len(lane.again) + len(lane.fresh))
 
     def _next_puller(self, lane: _Lane, now: float) -> MemoryJobPuller | None:
         for puller, until in list(lane.waiting.items()):
@@ -272,10 +281,14 @@ class MemoryJobQueue:
             try_s=self.limits.publish_try_s,
         )
 
-    async def puller(self, subject: str) -> MemoryJobPuller:
+    async def take(self, subject: str) -> MemoryJob | None:
+        """The next job of a lane if there is one now."""
+        return await confirmed(self._bus, lambda: self._store.take(subject, self._bus), f"a job of {subject}")
+
+    async def puller(self, subject: str, room: Room = one_job) -> MemoryJobPuller:
         """One open pull on the jobs of `subject`."""
         await self._bus.wait_connected(CONFIRM_TIMEOUT_S)
-        puller = MemoryJobPuller(self._bus, self._store, subject)
+        puller = MemoryJobPuller(self._bus, self._store, subject, room)
         self._pullers[puller] = None
         return puller
 
@@ -310,10 +323,12 @@ class MemoryJobQueue:
 class MemoryJobPuller:
     """One pull at a time."""
 
-    def __init__(self, bus: MemoryBus, store: MemoryStore, subject: str) -> None:
+    def __init__(self, bus: MemoryBus, store: MemoryStore, subject: str, room: Room) -> None:
         self.bus = bus
         self._store = store
         self._subject = subject
+        self._room = room
+        self._has_asked = False
         self._waiter: asyncio.Future[MemoryJob] | None = None
         self._is_closed = False
 
@@ -335,12 +350,28 @@ class MemoryJobPuller:
             raise
         finally:
             self._waiter = None
+            self._has_asked = False
             self._leave()
 
+    @property
+    def outstanding(self) -> int:
+        """Jobs that have been asked for and not been pulled yet."""
+        return int(self._has_asked)
+
+    def room_changed(self) -> None:
+        """Wait for a job, or wait no more."""
+        if self._has_asked != (self._room() > 0):
+            self.ask()
+
     def ask(self) -> None:
-        """Tell the broker that we wait, if we do."""
-        if self._waiter is not None and not self._waiter.done() and self.bus.is_connected:
+        """Tell the broker that we wait, if we do and have room; else that we wait no more."""
+        if self._waiter is None or self._waiter.done() or not self.bus.is_connected:
+            return
+        self._has_asked = self._room() > 0
+        if self._has_asked:
             self.bus.broker.send(self.bus, partial(self._store.wait, self._subject, self))
+        else:
+            self._leave()
 
     def deliver(self, job: MemoryJob) -> None:
         """Called by the store."""
@@ -366,14 +397,15 @@ class MemoryJobPuller:
 class MemoryJob:
     """One delivery of one job."""
 
-    __slots__ = ("_bus", "_delivery", "_payload", "_store", "sequence")
+    __slots__ = ("_bus", "_delivery", "_payload", "_store", "behind", "sequence")
 
-    def __init__(self, bus: MemoryBus, store: MemoryStore, sequence: int, payload: bytes, delivery: int) -> None:
+    def __init__(self, bus: MemoryBus, store: MemoryStore, job: _Stored, *, behind: int) -> None:
         self._bus = bus
         self._store = store
-        self.sequence = sequence
-        self._payload = payload
-        self._delivery = delivery
+        self.sequence = job.sequence
+        self._payload = job.payload
+        self._delivery = job.delivery
+        self.behind = behind
 
     @property
     def payload(self) -> bytes:

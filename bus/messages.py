@@ -163,10 +163,13 @@ class PrefillJob(_Message, frozen=True, tag="prefill_job"):
     decode_ranks: Ranks = 1  # that `decode_addresses` are of, each in turn
     prefill_ranks: Ranks = 1  # what the decode worker was told; a prefill worker with others must leave the job
     decode_block_tokens: Count = 0  # of the decode worker's card; 0: unknown
+    tenant: str = ""  # who pays for it
+    share: float = 1.0  # the tenant's weight against other tenants
+    priority: int = 0  # higher goes first
 
 
 class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):
-    """Prefill worker to the owning router: computing it now; `ack_subject` lets the router NAK the job of a dead worker."""
+    """Prefill worker to the owning router: it is mine, at work or next; `ack_subject` lets the router NAK a dead worker's job."""
 
     request_id: RequestId
     attempt: int
@@ -174,6 +177,14 @@ class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):
     worker_id: WorkerId
     epoch: int
     ack_subject: str
+
+
+class PrefillReturned(_Message, frozen=True, tag="prefill_returned"):
+    """Prefill worker to the owning router: given back to the queue, where it waits again."""
+
+    request_id: RequestId
+    attempt: int
+    worker_id: WorkerId
 
 
 class PrefillDone(_Message, frozen=True, tag="prefill_done"):
@@ -195,6 +206,28 @@ class PrefillFailed(_Message, frozen=True, tag="prefill_failed"):
     attempt: int
     reason: str  # "exhausted" | "refused" | "bad_job" | "expired"
     detail: str = ""
+
+
+class LaneLoad(msgspec.Struct, frozen=True, array_like=True):
+    """Jobs of one router that wait in one lane of the work queue: nobody has claimed them."""
+
+    jobs: Count
+    tokens: Count  # of their prompts
+    overdue: Count = (
+        0  # jobs that waited long enough for the lane's worker, or whose worker is lost: anyone may take them
+    )
+    fingerprint: str = ""  # of the KV they need
+    ranks: Ranks = 1
+
+
+class PlacedLoad(_Message, frozen=True, tag="placed_load"):
+    """Router to every router and prefill worker, each 0.5 s and on change: the work it has placed and that has not ended."""
+
+    router_id: RouterId
+    decode: dict[WorkerId, tuple[int, int]] = {}  # streams, and KV blocks they may need
+    lanes: dict[WorkerId, LaneLoad] = {}  # by prefill worker; "": the shared lane
+    tenants: dict[str, tuple[int, int]] = {}  # prompt tokens that wait for prefill, and KV blocks
+    has_left: bool = False
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):
@@ -394,8 +427,10 @@ Message = (
     | Refused
     | PrefillJob
     | PrefillClaimed
+    | PrefillReturned
     | PrefillDone
     | PrefillFailed
+    | PlacedLoad
     | Cancel
     | ReplayRequest
     | FinishAck

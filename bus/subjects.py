@@ -11,6 +11,7 @@ ROOT = "hk"
 PREFILL_STREAM = "HK_PREFILL"
 REGISTRY_BUCKET = "hk_workers"
 SETTINGS_BUCKET = "hk_config"
+JOB_CLASSES = ("hi", "std")  # the shared lanes of a pool; each worker pulls from both
 
 
 def token(text: str) -> str:
@@ -31,8 +32,18 @@ def control(pool: str, worker: WorkerId) -> str:
 
 
 def prefill_jobs(pool: str, job_class: str = "std") -> str:
-    """PrefillJob for any prefill worker: the work queue's shared lane."""
+    """PrefillJob for any prefill worker: a shared lane of the work queue, one for each of `JOB_CLASSES`."""
     return f"{ROOT}.{token(pool)}.prefill.{token(job_class)}.any"
+
+
+def prefill_lane(pool: str, worker: WorkerId) -> str:
+    """PrefillJob that one prefill worker should have first: its affinity lane of the work queue."""
+    return f"{ROOT}.{token(pool)}.prefill.std.w.{token(worker)}"
+
+
+def is_lane(subject: str) -> bool:
+    """Whether these are jobs for one prefill worker."""
+    return subject.split(".")[-2] == "w"
 
 
 def prefill_jobs_all() -> str:
@@ -58,6 +69,16 @@ def routers(pool: str) -> str:
 def load(pool: str, worker: WorkerId) -> str:
     """Heartbeat and Goodbye of one worker."""
     return f"{ROOT}.load.{token(pool)}.{token(worker)}"
+
+
+def placed(pool: str, router: RouterId) -> str:
+    """PlacedLoad of one router."""
+    return f"{ROOT}.placed.{token(pool)}.{token(router)}"
+
+
+def placed_all(pool: str) -> str:
+    """PlacedLoad of every router of the pool."""
+    return f"{ROOT}.placed.{token(pool)}.*"
 
 
 def load_all(pool: str) -> str:

@@ -78,8 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(serve, "router ([router] in the file)", cluster.THE_ROUTER)
     serve.set_defaults(run=_serve)
 
-    router = _command(commands, "router", "run one router")
+    router = _command(commands, "router", "run one router, or several on one port")
     add_flags(router, "router", [*ROUTER, *COMMON])
+    add_flags(router, "processes", cluster.PROCESSES)
     router.set_defaults(run=_router)
 
     worker = commands.add_parser("worker", help="run one worker", description="Run one worker.")
@@ -267,11 +268,15 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _router(options: argparse.Namespace) -> int:
-    values = _given(options, [*ROUTER, *COMMON])
+    values = _given(options, [*ROUTER, *COMMON, *cluster.PROCESSES])
     log_level = _pop_log_level(values)
+    given = values.pop("processes", 1)
+    processes = given if isinstance(given, int) else 1
     config = msgspec.convert(values, RouterConfig)
     cluster.check_names(pool=config.pool, router_id=config.router_id)
-    return _run_process(log_level, config, _run_router)
+    if processes == 1:
+        return _run_process(log_level, config, _run_router)
+    return _run_process(log_level, config, lambda config: _run_routers(config, processes, log_level))
 
 
 def _worker(options: argparse.Namespace) -> int:
@@ -294,6 +299,15 @@ def _run_router(config: RouterConfig) -> int:
 
     exit_code: int = uvloop.run(run_router(config))
     return exit_code
+
+
+def _run_routers(config: RouterConfig, processes: int, log_level: str) -> int:
+    from .routers import PortTaken, run_routers
+
+    try:
+        return run_routers(config, processes, log_level)
+    except PortTaken as error:
+        return _refuse(error, 1)
 
 
 def _run_worker(config: WorkerConfig) -> int:

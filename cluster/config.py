@@ -37,6 +37,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     model: Annotated[str, Meta(description="folder, Hugging Face id, or demo (fetched once)")] = "demo"
     served_name: Annotated[str, Meta(description="model name clients use; default: the model's last path part")] = ""
     transports: Annotated[str, Meta(description="links for KV, best first, comma separated: ucx,tcp")] = "ucx,tcp"
+    processes: Annotated[int, Meta(description="router processes, which share the port", ge=1, le=256)] = 1
     host: Annotated[str, Meta(description="address the API listens on")] = "127.0.0.1"
     port: Annotated[int, Meta(description="port of the API, 0: any free one", ge=0, le=65535)] = 8000
     nats: Annotated[str, Meta(description="URL of a NATS server with JetStream; default: start one here")] = ""
@@ -53,6 +54,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     log_level: Annotated[LogLevel, Meta(description="records of our processes below it are only in the log files")] = (
         "info"
     )
+
+
+class ProcessesConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How many routers."""
+
+    processes: Annotated[
+        int,
+        Meta(description="router processes on one port, each on a core of its own; they are supervised", ge=1, le=256),
+    ] = 1
 
 
 class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,7 +100,8 @@ DOCTOR = settings_of(DoctorConfig)
 POOL = settings_of(PoolConfig)
 EVERY_WORKER = settings_of(WorkerConfig, leave_out=(*_OF_THE_CLUSTER, *_OF_ONE_WORKER))
 ONE_WORKER = settings_of(WorkerConfig, leave_out=("nats", "pool", "worker_id", "grace_s", "served_name"))
-THE_ROUTER = settings_of(RouterConfig, leave_out=(*_OF_THE_CLUSTER, "router_id"))
+THE_ROUTER = settings_of(RouterConfig, leave_out=(*_OF_THE_CLUSTER, "router_id", "reuse_port"))
+PROCESSES = settings_of(ProcessesConfig)
 _TABLES = ("worker", "router", "workers")
 _TABLE_KEYS = ("count", "gpus")
 
@@ -233,8 +244,16 @@ def state_folder(config: ServeConfig) -> Path:
     """Where a cluster keeps its logs and the store of its NATS server."""
     if config.state_dir:
         return Path(config.state_dir).expanduser().resolve()
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "hocket" / config.pool
+    return _state_base() / config.pool
+
+
+def routers_folder(pool: str, port: int) -> Path:
+    """Where several routers that share a port keep their logs."""
+    return _state_base() / pool / f"routers-{port}"
+
+
+def _state_base() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hocket"
 
 
 def server_url_file(folder: Path) -> Path:

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import signal
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,12 +23,12 @@ from ..bus.base import BusError
 from ..bus.server import EmbeddedServer
 from .config import Plan, WorkerSpec, server_url_file, share_cores, state_folder
 from .model import default_served_name, resolve_model
+from .routers import COMMAND, ROUTER_STOP_S, PortTaken, reserved_port, router_plans
 from .runner import ChildPlan, Console, ReadyLines, Runner
 from .supervision import Limits
 
-# The router stops first: it takes nothing more and what it has accepted is finished while the workers still work. Over
-# `grace_s`, so that who is a little late still ends by itself. The three sum up to 6 s.
-_ROUTER_STOP_S = 1.5
+# The routers stop first: they take nothing more and what they have accepted is finished while the workers still work. The
+# three (the first is `ROUTER_STOP_S`) sum up to 6 s.
 _WORKER_STOP_S = 3.0
 _NATS_STOP_S = 1.5
 _SERVER_DEATHS_MAX = 5
@@ -50,7 +49,11 @@ def serve(plan: Plan) -> int:
     with _locked(folder):
         names = {plan.serve.model, *(spec.config.model for spec in plan.workers)}
         models = {name: resolve_model(name, say=console.say) for name in sorted(names)}
-        return asyncio.run(_Cluster(plan, models, folder, console).run())
+        try:
+            with reserved_port(plan.serve.host, plan.serve.port, plan.serve.processes) as port:
+                return asyncio.run(_Cluster(plan, models, folder, console, port).run())
+        except PortTaken as error:
+            raise ServeError(str(error)) from error
 
 
 @contextmanager
@@ -79,13 +82,15 @@ def _leave_url(file: Path, url: str) -> None:
 
 
 class _Cluster:
-    def __init__(self, plan: Plan, models: Mapping[str, Path], folder: Path, console: Console) -> None:
+    def __init__(self, plan: Plan, models: Mapping[str, Path], folder: Path, console: Console, port: int) -> None:
         self._plan = plan
         self._models = models
         model = plan.serve.model
         self._served_name = plan.serve.served_name or default_served_name(model, models[model])
         self._folder = folder
         self._console = console
+        self._port = port
+        self._routers: list[ChildPlan] = []
         self._started_s = time.monotonic()
 
     async def run(self) -> int:
@@ -123,8 +128,9 @@ class _Cluster:
 
     def _runner(self, nats_url: str) -> Runner:
         serve = self._plan.serve
-        limits = Limits(start_timeout_s=serve.start_timeout_s, stop_s=(serve.grace_s + _ROUTER_STOP_S, _WORKER_STOP_S))
-        plans = [*self._worker_plans(nats_url), self._router_plan(nats_url)]
+        limits = Limits(start_timeout_s=serve.start_timeout_s, stop_s=(serve.grace_s + ROUTER_STOP_S, _WORKER_STOP_S))
+        self._routers = self._router_plans(nats_url)
+        plans = [*self._worker_plans(nats_url), *self._routers]
         logs = self._folder / "logs"
         self._console.say(f"starting {', '.join(plan.name for plan in plans)}; logs in {logs}")
         return Runner(plans, limits, logs=logs, console=self._console)
@@ -144,20 +150,20 @@ class _Cluster:
             served_name=self._served_name,
             grace_s=min(spec.config.grace_s, 1.0),  # It stops after the router: nobody waits for its tokens.
         )
-        command = [*_COMMAND, "worker", spec.config.role, "--config", "-"]
+        command = [*COMMAND, "worker", spec.config.role, "--config", "-"]
         settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
         del settings["role"]  # The command says it.
         return ChildPlan(spec.name, 1, command, settings, spec.environment)
 
-    def _router_plan(self, nats_url: str) -> ChildPlan:
+    def _router_plans(self, nats_url: str) -> list[ChildPlan]:
         config = msgspec.structs.replace(
             self._plan.router,
             nats=nats_url,
             model=str(self._models[self._plan.serve.model]),
             served_name=self._served_name,
+            port=self._port,
         )
-        settings = msgspec.to_builtins(config) | {"log_level": self._child_log_level}
-        return ChildPlan("router", 0, [*_COMMAND, "router", "--config", "-"], settings)
+        return router_plans(config, self._plan.serve.processes, self._child_log_level)
 
     @property
     def _child_log_level(self) -> str:
@@ -165,7 +171,7 @@ class _Cluster:
         return "debug" if self._plan.serve.log_level == "debug" else "info"
 
     async def _announce(self, ready: ReadyLines) -> str:
-        url = _reachable(ready["router"].get("url", ""))
+        url = _reachable(ready[self._routers[0].name].get("url", ""))
         failure = await wait_serving(url, self._plan.serve.start_timeout_s)
         if failure:
             return failure
@@ -179,9 +185,6 @@ class _Cluster:
                 flush=True,
             )
         return ""
-
-
-_COMMAND = (sys.executable, "-m", "hocket.cluster.cli")
 
 
 async def _stop_server(server: EmbeddedServer) -> None:

@@ -50,7 +50,8 @@ class Ask:
             max_tokens=generation.sampling.max_tokens,
             hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
             deadline_s=generation.deadline_s,
-            tenant=generation.salt,
+            tenant=generation.tenant,
+            priority=generation.priority,
         )
 
 
@@ -108,6 +109,7 @@ class Chooser:
         self._index = index
         self._predicted = PredictedIndex()
         self._work = PlacedWork()
+        self.waiting_elsewhere: Callable[[WorkerId | None], int] = lambda lane: 0  # tokens of other routers' jobs
         self._local_prefill_tokens_max = local_prefill_tokens_max
         self._rng = rng
         self._fallback = LeastLoaded()
@@ -124,7 +126,7 @@ class Chooser:
         workers = [worker_view(m, hits.get(m.card.worker_id, 0), self._work.tokens(m.card.worker_id)) for m in members]
         request = self._request_view(
             ask,
-            [prefill_view(m, hits.get(m.card.worker_id, 0), self._work.tokens(m.card.worker_id)) for m in prefill],
+            [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in prefill],
         )
         choice, chosen, is_fallback, trace = self._pick(request, workers, now)
         plan = choice.plan or request.default_plan(chosen)
@@ -165,6 +167,9 @@ class Chooser:
         if isinstance(self.policy, ObservingPolicy):
             self.policy.observe(outcome, now)
 
+    def _waiting(self, lane: WorkerId | None) -> int:
+        return self._work.tokens(lane) + self.waiting_elsewhere(lane)
+
     def _pick(
         self, request: RequestView, workers: list[WorkerView], now: float
     ) -> tuple[Choice, WorkerView, bool, Trace | None]:
@@ -194,7 +199,7 @@ class Chooser:
             priority=ask.priority,
             deadline_s=ask.deadline_s,
             prefill=tuple(prefill),
-            queued_prefill_tokens=self._work.tokens(None),
+            queued_prefill_tokens=self._waiting(None),
         )
 
     def _predict(self, chosen: Chosen, worker: WorkerId, now: float) -> None:

@@ -9,12 +9,14 @@ import msgspec
 
 from ..bus import subjects
 from ..bus.base import Bus, BusDisconnected, BusError, NoResponders, QueueFull
-from ..bus.ids import RouterId
+from ..bus.ids import RouterId, WorkerId
 from ..bus.messages import Admitted, DecodeJob, PrefillJob, Refused, decode, encode
 from .generation import Overloaded
 from .membership import Membership
 from .metrics import RouterMetrics
+from .placed import PlacedJobs
 from .request import AskDecode, Instruction, PublishPrefill, RequestMachine
+from .view import Member
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ class Dispatch:
         membership: Membership,
         metrics: RouterMetrics,
         *,
+        placed: PlacedJobs,
+        share_of: Callable[[str], float],
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
@@ -42,6 +46,8 @@ class Dispatch:
         self._router_id = router_id
         self._membership = membership
         self._metrics = metrics
+        self._placed = placed
+        self._share_of = share_of
         self._clock = clock
         self._wall_clock = wall_clock
 
@@ -83,7 +89,9 @@ class Dispatch:
                 return machine.refused(ask.attempt, reason, detail, retry_after_s)
         return machine.decode_silent(ask.attempt)
 
-    async def publish_prefill(self, machine: RequestMachine, publish: PublishPrefill) -> list[Instruction]:
+    async def publish_prefill(
+        self, machine: RequestMachine, stream_id: int, publish: PublishPrefill
+    ) -> list[Instruction]:
         """Put the prefill job into the work queue; past a queue that does not answer, to a prefill worker itself."""
         generation = machine.generation
         member = self._membership.view.get(publish.worker)
@@ -105,11 +113,23 @@ class Dispatch:
             deadline_unix_s=self._wall_clock() + time_left_s,
             decode_ranks=member.card.tp_size,
             prefill_ranks=publish.prefill_ranks,
+            tenant=generation.tenant,
+            share=self._share_of(generation.tenant),
+            priority=generation.priority,
         )
         payload = encode(job)
+        lane = self._lane(publish.lane, job)
+        self._placed.waits(
+            stream_id,
+            lane,
+            generation.prompt_tokens,
+            self._clock(),
+            fingerprint=job.fingerprint,
+            ranks=job.prefill_ranks,
+        )
         try:
             sequence = await self._bus.jobs.publish(
-                subjects.prefill_jobs(self._pool),
+                self._subject(lane, job),
                 payload,
                 job_id=f"{generation.request_id}.{publish.attempt}",
                 ttl_s=time_left_s,
@@ -118,7 +138,7 @@ class Dispatch:
             return machine.not_published(publish.attempt, Overloaded("the prefill queue is full", retry_after_s=1.0))
         except (BusDisconnected, BusError) as error:
             log.warning("work queue away: %s", error, extra={"request_id": generation.request_id})
-            if await self._send_directly(payload, job):
+            if await self._send_directly(payload, job, lane):
                 self._metrics.queue_fallbacks.labels("direct").inc()
                 return machine.published(publish.attempt, None)
             self._metrics.queue_fallbacks.labels("local").inc()
@@ -132,13 +152,25 @@ class Dispatch:
         except BusError as error:
             log.info("job not deleted: %s", error)
 
-    async def _send_directly(self, payload: bytes, job: PrefillJob) -> bool:
-        members = [
-            m
-            for m in self._membership.view.members("prefill")
-            if m.can_take_work and (m.card.fingerprint, m.card.tp_size) == (job.fingerprint, job.prefill_ranks)
-        ]
-        for member in sorted(members, key=lambda m: (m.heartbeat.running + m.heartbeat.waiting, m.card.worker_id)):
+    def _lane(self, wanted: WorkerId | None, job: PrefillJob) -> WorkerId | None:
+        """The lane that the policy wants, if its worker takes work and can do this job."""
+        member = self._membership.view.get(wanted) if wanted is not None else None
+        return wanted if member is not None and _can_do(member, job) else None
+
+    def _subject(self, lane: WorkerId | None, job: PrefillJob) -> str:
+        if lane is not None:
+            return subjects.prefill_lane(self._pool, lane)
+        urgent, usual = subjects.JOB_CLASSES
+        return subjects.prefill_jobs(self._pool, urgent if job.priority > 0 else usual)
+
+    async def _send_directly(self, payload: bytes, job: PrefillJob, lane: WorkerId | None) -> bool:
+        members = [member for member in self._membership.view.members("prefill") if _can_do(member, job)]
+
+        def rank(member: Member) -> tuple[bool, int, WorkerId]:
+            load, worker = member.heartbeat.running + member.heartbeat.waiting, member.card.worker_id
+            return worker != lane, load, worker
+
+        for member in sorted(members, key=rank):
             subject = subjects.prefill_direct(self._pool, member.card.worker_id)
             try:
                 answer = decode(await self._bus.request(subject, payload, timeout_s=DIRECT_TIMEOUT_S))
@@ -147,3 +179,9 @@ class Dispatch:
             if isinstance(answer, Admitted):
                 return True
         return False
+
+
+def _can_do(member: Member, job: PrefillJob) -> bool:
+    card = member.card
+    kv = (card.role, card.fingerprint, card.tp_size)
+    return member.can_take_work and kv == ("prefill", job.fingerprint, job.prefill_ranks)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..bus.ids import RequestId, WorkerId
 from ..bus.messages import EntryDetail, SamplingParams
+from .admission import Refusal
 from .control_messages import Receipt
 
 
@@ -22,6 +23,8 @@ class Generation:
     deadline_s: float  # on the router's monotonic clock
     salt: str = ""  # of the prefix cache (tenant); "" : shared
     explains: bool = False  # the client asked for its receipt
+    tenant: str = ""  # who asks; limits and fair shares are by tenant
+    priority: int = 0  # higher goes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,14 @@ class Rejected(RouterError):
 
     status = 400
     code = "invalid_request"
+
+
+def refused(refusal: Refusal) -> RouterError:
+    """What the client hears of limits: 400 for what can never fit, 429 for its own, 503 for the pool's."""
+    error = RouterError(refusal.detail, retry_after_s=refusal.retry_after_s or None)
+    error.status = {"too_large": 400, "tenant_limit": 429}.get(refusal.reason, 503)
+    error.code = refusal.reason
+    return error
 
 
 class StreamEvents(Protocol):

@@ -92,7 +92,10 @@ class _Process:
         self._asked.set()
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[str], None]) -> int:
-        server = ApiServer(self._app, host=self._config.host, port=self._config.port, grace_s=1.0)
+        config = self._config
+        server = ApiServer(
+            self._app, host=config.host, port=config.port, grace_s=1.0, reuse_port=config.reuse_port
+        )  # fmt: skip
         exit_code = 1
         gc.freeze()  # What lives as long as the process is not looked at again: a full collection took 58 ms over it.
         try:
@@ -102,6 +105,9 @@ class _Process:
                 tasks.create_task(self._watch_bus(), name="watch-bus")
                 tasks.create_task(self._watch_stop(stop), name="watch-stop")
                 await hears.wait()
+                if config.reuse_port:  # The others serve; a connection that came here now would be refused.
+                    await self._router.membership.wait_warm()
+                server.listen()
                 serving = tasks.create_task(server.run(), name="api")
                 on_ready(server.url)
                 await self._asked.wait()
@@ -111,7 +117,7 @@ class _Process:
                 raise _Stopped
         except* _Stopped:
             exit_code = 0
-        except* BusError as errors:
+        except* (BusError, ServerError) as errors:
             log.error("%s", errors.exceptions[0])
         return exit_code
 

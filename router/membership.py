@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 2.0
 TICK_S = 0.25
+HEARD_S = 0.7  # the usual time between two heartbeats, and some
+WARM_MAX_S = 2.0
 PAUSE_S = 1.0
 """A gap between ticks that means we were suspended ourselves: what the workers said meanwhile is still to be read."""
 SNAPSHOT_RETRY_S = 1.0
@@ -70,6 +73,14 @@ class Membership:
         self._bus.on_connection(self._on_connection)
         await self._bus.subscribe(subjects.load_all(self._pool), self._on_load)
         await self._bus.subscribe(subjects.kv_events_all(self._pool), self._on_kv_events)
+
+    async def wait_warm(self) -> None:
+        """Until every worker has been heard, with its card and its prefix cache; `WARM_MAX_S` at the most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WARM_MAX_S):
+                await asyncio.sleep(HEARD_S)
+                while self._asking:  # noqa: ASYNC110  # Bounded, and only at the start.
+                    await asyncio.sleep(0.01)
 
     async def watch(self) -> None:
         """Look for silent workers until cancelled."""

@@ -84,11 +84,11 @@ class RouterMetrics:
         self.policy_refused = Gauge(
             "hocket_policy_refused", "1 while the stored policy document cannot be used here", registry=registry
         )
+        self.admission_refusals = Counter(
+            "hocket_admission_refusals", "Requests refused by limits, before any work", ["reason"], registry=registry
+        )
         self.queue_fallbacks = Counter(
-            "hocket_prefill_queue_fallbacks",
-            "Prefill jobs that did not go through the work queue",
-            ["to"],
-            registry=registry,
+            "hocket_prefill_queue_fallbacks", "Prefill jobs that went past the work queue", ["to"], registry=registry
         )
         self.index_drift = Gauge(
             "hocket_index_drift",

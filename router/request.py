@@ -58,6 +58,7 @@ class PublishPrefill:
     attempt: int
     token: HandoffToken
     prefill_ranks: int = 1
+    lane: WorkerId | None = None  # prefill worker that should have it first
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ class RequestMachine:
         "_excluded",
         "_is_prefill_open",
         "_is_reported",
+        "_lane",
         "_losses",
         "_prefill_worker",
         "_refusals",
@@ -183,6 +185,7 @@ class RequestMachine:
         self._why = ""
         self._attempt_token: HandoffToken | None = None
         self._attempt_ranks = 1
+        self._lane: WorkerId | None = None
         self._is_reported = False
         self._losses = 0
         self._excluded: set[WorkerId] = set()
@@ -200,8 +203,9 @@ class RequestMachine:
         return [Pick(frozenset())]
 
     def picked(
-        self, worker: WorkerId, plan: Plan, why: str, token: HandoffToken, *, prefill_ranks: int = 1
-    ) -> list[Instruction]:
+        self, worker: WorkerId, plan: Plan, why: str, token: HandoffToken, *, prefill_ranks: int = 1,
+        lane: WorkerId | None = None,
+    ) -> list[Instruction]:  # fmt: skip
         """The policy chose; `token` is fresh and used when the plan is remote, from prefill workers of so many ranks."""
         if self.phase is not Phase.PICKING:
             return []
@@ -211,6 +215,7 @@ class RequestMachine:
         self.prefilled_by = None
         self._attempt_token = token if plan == "remote" else None
         self._attempt_ranks = prefill_ranks
+        self._lane = lane
         rebind: list[Instruction] = [Rebind(self.attempt)] if self.attempt else []
         return [*rebind, Assign(worker), AskDecode(worker, self.attempt, self._attempt_token, prefill_ranks)]
 
@@ -233,7 +238,7 @@ class RequestMachine:
         if self._attempt_token is None or self.worker is None:
             return self._report()
         self._is_prefill_open = True
-        return [PublishPrefill(self.worker, attempt, self._attempt_token, self._attempt_ranks)]
+        return [PublishPrefill(self.worker, attempt, self._attempt_token, self._attempt_ranks, self._lane)]
 
     def refused(self, attempt: int, reason: str, detail: str, retry_after_s: float) -> list[Instruction]:
         """The decode worker does not want it."""
@@ -279,6 +284,12 @@ class RequestMachine:
             self._ack_subject = ack_subject
         return []
 
+    def returned(self, attempt: int, worker: WorkerId) -> list[Instruction]:
+        """The prefill worker that had the job gave it back to the queue."""
+        if attempt == self.attempt and worker == self._prefill_worker:
+            self._prefill_worker, self._ack_subject = None, ""
+        return []
+
     def prefill_done(self, attempt: int) -> list[Instruction]:
         """The KV has landed and the job is gone."""
         if attempt == self.attempt:
@@ -291,6 +302,11 @@ class RequestMachine:
             return []
         self._close_prefill()
         return [] if self.has_token else self._again_locally()
+
+    @property
+    def is_prefill_open(self) -> bool:
+        """The prefill job of this attempt is neither done nor given up."""
+        return self._is_prefill_open
 
     @property
     def is_unclaimed(self) -> bool:

@@ -25,20 +25,23 @@ from ..bus.messages import (
     PrefillDone,
     PrefillFailed,
     PrefillJob,
+    PrefillReturned,
     decode,
     encode,
 )
-from .chooser import Ask, Chooser, Chosen
+from .chooser import Ask, Chooser
 from .config import RouterConfig
 from .control import Control
 from .control_messages import PolicyConfig, Receipt
 from .dispatch import Dispatch
+from .gate import Gate
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams
+from .live import Live
 from .membership import Membership
 from .metrics import RouterMetrics
-from .policies.base import Outcome, Policy
+from .policies.base import Policy
 from .policy_set import PolicySet, note_end
-from .receipts import Receipts, Record
+from .receipts import Receipts
 from .repair import TokenRepair
 from .request import (
     AskDecode,
@@ -58,42 +61,12 @@ from .request import (
     ReportStarted,
     RequestMachine,
 )
+from .sharing import LoadSharing
 from .view import ClusterView, Member
 
 log = logging.getLogger(__name__)
 
 DEADLINE_TICK_S = 0.5
-
-
-class Live:
-    """One generation in flight: its machine and what the shell must remember of it."""
-
-    __slots__ = (
-        "cached_tokens",
-        "chosen",
-        "chosen_s",
-        "first_token_s",
-        "machine",
-        "outcome",
-        "published_s",
-        "record",
-        "started",
-        "started_s",
-        "stream_id",
-    )
-
-    def __init__(self, machine: RequestMachine, stream_id: int, now: float) -> None:
-        self.machine = machine
-        self.stream_id = stream_id
-        self.started_s = now
-        self.published_s = 0.0
-        self.chosen: Chosen | None = None  # by the newest attempt
-        self.chosen_s = now
-        self.first_token_s: float | None = None
-        self.cached_tokens: int | None = None  # that the decode engine reported
-        self.outcome: Outcome | None = None
-        self.record: Record | None = None  # for its receipt
-        self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
 
 
 class Router:
@@ -145,9 +118,17 @@ class Router:
             local_prefill_tokens_max=config.local_prefill_tokens_max,
             rng=self._rng,
         )
-        self._dispatch = Dispatch(
-            bus, config.pool, router_id, self.membership, metrics, clock=clock, wall_clock=wall_clock
+        self.sharing = LoadSharing(
+            bus, config.pool, router_id, self.membership.view, lane_wait_s=config.lane_wait_s, clock=clock
         )
+        self.chooser.waiting_elsewhere = self.sharing.waiting_elsewhere
+        view = self.membership.view
+        self.gate = Gate(config.admission_limits(), view, self.sharing, metrics, clock=clock)
+        self._dispatch = Dispatch(
+            bus, config.pool, router_id, self.membership, metrics,
+            placed=self.sharing.jobs, share_of=self.gate.share_of,
+            clock=clock, wall_clock=wall_clock,
+        )  # fmt: skip
         self._streams: TokenStreams
         self._repair: TokenRepair
 
@@ -164,10 +145,12 @@ class Router:
             await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
             await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            await self.sharing.start()
             self._bus.on_connection(self._on_connection)
             await self.membership.start(tasks)
             await self.control.start(tasks)
             tasks.create_task(self.membership.watch(), name="watch-workers")
+            tasks.create_task(self.sharing.run(), name="share-load")
             tasks.create_task(self._watch_deadlines(), name="watch-deadlines")
             ready()
 
@@ -192,6 +175,7 @@ class Router:
         if self._is_stopping or len(self._live) >= self._config.streams_max:
             reason = "the router is stopping" if self._is_stopping else f"{len(self._live)} requests are in flight"
             raise Overloaded(reason, retry_after_s=1.0)
+        self.gate.enter(generation, stream_id)
         log.debug("began a request", extra={"request_id": generation.request_id})
         live = Live(RequestMachine(generation), stream_id, self._clock())
         live.record = self.receipts.begin(generation, live.started_s, self._wall_clock())
@@ -237,6 +221,7 @@ class Router:
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
+            self.gate.computed(stream_id)
             live.cached_tokens = detail.cached_tokens if detail else None
             if live.chosen is not None:
                 self.chooser.computed(live.chosen)
@@ -303,7 +288,7 @@ class Router:
 
     def _on_event(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
-        if not isinstance(message, PrefillClaimed | PrefillDone | PrefillFailed):
+        if not isinstance(message, PrefillClaimed | PrefillReturned | PrefillDone | PrefillFailed):
             return
         live = self._by_request.get(message.request_id)
         if live is None:
@@ -313,6 +298,8 @@ class Router:
                 if live.chosen is not None and message.attempt == live.machine.attempt:
                     self.chooser.claimed(live.chosen, message.worker_id, self._clock())
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
+            case PrefillReturned():
+                self._now(live, live.machine.returned(message.attempt, message.worker_id))
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
             case PrefillFailed():
@@ -342,11 +329,10 @@ class Router:
         while True:
             await asyncio.sleep(DEADLINE_TICK_S)
             now = self._clock()
+            self.gate.look()
             late = [stream_id for stream_id, live in self._live.items() if live.machine.generation.deadline_s <= now]
             for stream_id in late:
-                self._fail(
-                    stream_id, "timeout", f"not finished within {self._config.request_timeout_s:g} s", status=504
-                )
+                self._fail(stream_id, "timeout", "not finished before its deadline", status=504)
 
     def _fail(self, stream_id: int, code: str, message: str, *, status: int = 503) -> None:
         if live := self._live.get(stream_id):
@@ -362,6 +348,13 @@ class Router:
             return
         for instruction in instructions:
             self._do(live, instruction)
+        self._note_job(live)
+
+    def _note_job(self, live: Live) -> None:
+        """Whether its prefill job still waits in the queue."""
+        machine = live.machine
+        if self.sharing.jobs.sync(live.stream_id, is_open=machine.is_prefill_open, is_unclaimed=machine.is_unclaimed):
+            self.sharing.changed()
 
     async def _carry_out(self, live: Live, instructions: Iterable[Instruction]) -> None:
         machine = live.machine
@@ -374,9 +367,10 @@ class Router:
                     todo.extend(await self._dispatch.ask_decode(machine, live.stream_id, ask))
                 case PublishPrefill() as publish:
                     live.published_s = self._clock()
-                    todo.extend(await self._dispatch.publish_prefill(machine, publish))
+                    todo.extend(await self._dispatch.publish_prefill(machine, live.stream_id, publish))
                 case instruction:
                     self._do(live, instruction)
+        self._note_job(live)
 
     def _do(self, live: Live, instruction: Instruction) -> None:
         view = self.membership.view
@@ -387,8 +381,10 @@ class Router:
                     generation = live.machine.generation
                     tokens = generation.prompt_tokens + generation.sampling.max_tokens
                     view.assign(worker, live.stream_id, -(-tokens // member.card.block_tokens))
+                    self.sharing.changed()
             case Release(worker=worker):
                 view.release(worker, live.stream_id)
+                self.sharing.changed()
                 if live.chosen is not None:
                     self.chooser.computed(live.chosen)
             case ReportStarted(worker=worker, plan=plan, why=why):
@@ -415,6 +411,7 @@ class Router:
                 self._count_end(live, "failed", f"{failure.code}: {failure.message}")
             case Forget():
                 self._live.pop(live.stream_id, None)
+                self.gate.leave(live.stream_id)
                 self._by_request.pop(live.machine.generation.request_id, None)
                 self._metrics.running.set(len(self._live))
 
@@ -454,8 +451,9 @@ class Router:
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)
         token = HandoffToken(self._rng.randbytes(16))
         return live.machine.picked(
-            chosen.worker.worker_id, chosen.plan, chosen.choice.why, token, prefill_ranks=chosen.prefill_ranks
-        )
+            chosen.worker.worker_id, chosen.plan, chosen.choice.why, token, prefill_ranks=chosen.prefill_ranks,
+            lane=chosen.choice.lane,
+        )  # fmt: skip
 
     def _observe(self, live: Live, output_tokens: int) -> None:
         if live.chosen is None:

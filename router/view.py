@@ -25,6 +25,8 @@ class Member:
     is_suspect: bool = False
     in_flight: dict[int, int] = field(default_factory=dict)  # our streams on it -> KV blocks they may need
     in_flight_blocks: int = 0
+    others_in_flight: int = 0  # streams of the other routers on it, as they last said
+    others_blocks: int = 0
     index_mode: IndexMode = "exact"
     cold_view: WorkerView | None = None  # without a hit, as of now; None: something has changed since it was made
 
@@ -112,6 +114,18 @@ class ClusterView:
             member.index_mode = mode
             member.cold_view = None
 
+    def block_tokens(self, model: str) -> int:
+        """Tokens in one KV block of the workers that serve `model`; 0: there are none."""
+        cards = (member.card for member in self._members.values())
+        return next((card.block_tokens for card in cards if card.role == "decode" and card.model == model), 0)
+
+    def share(self, worker: WorkerId, streams: int, blocks: int) -> None:
+        """So much of the other routers is on `worker`."""
+        member = self._members.get(worker)
+        if member is not None:
+            member.others_in_flight, member.others_blocks = streams, blocks
+            member.cold_view = None
+
     def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
         """Decode workers that may get a new request for `model`."""
         return [
@@ -163,8 +177,8 @@ def _worker_view(member: Member, hit_blocks: int, local_prefill_tokens: int) -> 
         kv_blocks=card.kv_blocks,
         can_prefill_locally=card.can_prefill_locally,
         hit_blocks=hit_blocks,
-        in_flight=len(member.in_flight),
-        in_flight_blocks=member.in_flight_blocks,
+        in_flight=len(member.in_flight) + member.others_in_flight,
+        in_flight_blocks=member.in_flight_blocks + member.others_blocks,
         running=heartbeat.running,
         waiting=heartbeat.waiting,
         kv_blocks_free=heartbeat.kv_blocks_free,

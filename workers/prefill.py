@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..bus import subjects
-from ..bus.base import Bus, BusError, Delivery, JobPuller, PulledJob, Subscription
+from ..bus.base import Bus, BusError, Delivery, PulledJob, Subscription
 from ..bus.jobs import JobLimits
 from ..bus.messages import (
     Admitted,
     Cancel,
     Message,
+    PlacedLoad,
     PrefillClaimed,
     PrefillDone,
     PrefillFailed,
     PrefillJob,
+    PrefillReturned,
     Refused,
     WorkerCard,
     decode,
@@ -33,123 +35,16 @@ from ..bus.messages import (
     unpack_tokens,
 )
 from ..transport.base import HandoffKey
-from .attempts import RecentAttempts
-from .engines.base import BadTask, Engine, EngineDead, EngineError, HandoffFailed, PrefillOutcome, PrefillTask
+from .engines.base import Engine, EngineDead, EngineError, PrefillOutcome, PrefillTask
+from .prefill_intake import AckAgain, Discard, Ending, GiveBack, Join, Leave, PrefillIntake, Take, is_for
+from .prefill_lanes import LanePulls
+from .prefill_order import JobOrder
 from .throughput import Throughput
 
 log = logging.getLogger(__name__)
 IN_PROGRESS_S = JobLimits().ack_wait_s / 3
-RETRY_DELAY_S = 1.0  # before a job whose decode worker could not be reached is tried again
-PULLER_AGAIN_S = 1.0
-ELSEWHERE_DELAY_S = 0.5  # times the delivery, before a job that only another worker can do is offered again
-
-
-@dataclass(frozen=True, slots=True)
-class Take:
-    """Run it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """It runs here already: this delivery ends as the running one does."""
-
-
-@dataclass(frozen=True, slots=True)
-class AckAgain:
-    """It was done here before; only the ack was lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class GiveBack:
-    """Another worker may do it."""
-
-    why: str
-    delay_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """A newer delivery of it runs elsewhere: say nothing to anybody."""
-
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """Nobody should do it. With a `reason` (of PrefillFailed) the router is told."""
-
-    why: str
-    reason: str = ""
-
-
-Ending = PrefillOutcome | GiveBack | Leave | Discard
-Verdict = Take | Join | AckAgain | GiveBack | Discard
-
-
-class PrefillIntake:
-    """What to do with each job that comes, and with each that failed."""
-
-    def __init__(self, card: WorkerCard) -> None:
-        self._card = card
-        self._running: dict[tuple[str, int], None] = {}
-        self._cancelled = RecentAttempts()
-        self._done = RecentAttempts()
-        self.is_draining = False
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
-
-    def offer(self, job: PrefillJob, delivery: int, now_unix_s: float) -> Verdict:
-        """Taken jobs run until `ended`."""
-        key = (job.request_id, job.attempt)
-        if self._cancelled.covers(*key):
-            return Discard("cancelled")
-        if key in self._running:
-            return Join()
-        if self._done.get(job.request_id) == job.attempt:
-            return AckAgain()
-        if job.deadline_unix_s <= now_unix_s:
-            return Discard("its deadline has passed", "expired")
-        if self.is_draining:
-            return GiveBack("the worker stops", 0.0)
-        if not is_for(self._card, job):
-            return GiveBack("it is for another model or KV layout", ELSEWHERE_DELAY_S * delivery)
-        if not job.token_ids or len(job.token_ids) % 4:
-            return Discard(f"{len(job.token_ids)} bytes are no prompt of 4-byte token ids", "bad_job")
-        self._running[key] = None
-        return Take()
-
-    def cancel(self, request_id: str, attempt: int) -> list[tuple[str, int]]:
-        """Forget every attempt up to this one; those to stop."""
-        self._cancelled.note(request_id, attempt)
-        return [key for key in self._running if key[0] == request_id and key[1] <= attempt]
-
-    def is_cancelled(self, job: PrefillJob) -> bool:
-        return self._cancelled.covers(job.request_id, job.attempt)
-
-    def ended(self, job: PrefillJob, *, is_done: bool) -> None:
-        self._running.pop((job.request_id, job.attempt), None)
-        if is_done:
-            self._done.note(job.request_id, job.attempt)
-
-    def failed(self, job: PrefillJob, error: EngineError, now_unix_s: float) -> GiveBack | Leave | Discard:
-        """What becomes of a job that the engine could not do."""
-        if self._cancelled.covers(job.request_id, job.attempt):
-            return Discard("cancelled")
-        if isinstance(error, BadTask):
-            return Discard(str(error), "bad_job")
-        if job.deadline_unix_s <= now_unix_s:
-            return Discard("its deadline has passed", "expired")
-        if not isinstance(error, HandoffFailed):
-            return GiveBack(str(error), RETRY_DELAY_S)
-        match error.reason:
-            case "refused:stale_attempt":
-                return Leave()
-            case "cancelled":
-                return Discard("the decode worker needs it no more")
-            case "refused:unknown_token" | "refused:busy" | "link_lost" | "timeout" | "closing":
-                return GiveBack(error.reason, RETRY_DELAY_S)  # It may not have made room yet, or be back soon.
-            case reason:
-                return Discard(reason, "refused")
+HELD_S = 1.0  # a job that waits here for a slot so long may go to another worker
+HELD_TICK_S = 0.25
 
 
 class _DirectJob:
@@ -157,6 +52,7 @@ class _DirectJob:
 
     ack_subject = ""
     delivery = 1
+    behind = 0
 
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
@@ -178,6 +74,18 @@ class _Run:
     deliveries: list[PulledJob]
     task: asyncio.Task[PrefillOutcome] | None = None
     is_cancelled: bool = False
+    held_s: float = 0.0  # since when it waits for a slot
+    said_s: float = 0.0  # when the queue heard last that we have it
+
+    @property
+    def may_go_back(self) -> bool:
+        """Once: each delivery counts, and the last ones are for workers that die."""
+        return all(is_first_try(delivery) for delivery in self.deliveries)
+
+
+def is_first_try(delivery: PulledJob) -> bool:
+    """Only such a job is given back because others may have a slot."""
+    return delivery.delivery == 1 and not isinstance(delivery, _DirectJob)
 
 
 @dataclass(slots=True)
@@ -193,7 +101,10 @@ class PrefillCounts:
 
 
 class PrefillWorker:
-    """Runs jobs in as many slots as the card says. `on_change` is called when its load has changed."""
+    """Runs jobs in as many slots as the card says. `on_change` is called when its load has changed.
+
+    A few jobs more than there are slots are held while the queue is long, so that there is a choice (`prefill_order.py`).
+    """
 
     def __init__(
         self,
@@ -219,7 +130,9 @@ class PrefillWorker:
         self._wall_clock = wall_clock
         self._intake = PrefillIntake(card)
         self._runs: dict[tuple[str, int], _Run] = {}
-        self._pulling: set[asyncio.Task[None]] = set()
+        self._held: JobOrder[_Run] = JobOrder()
+        self._active = 0  # jobs that have a slot
+        self._lanes = LanePulls(bus, pool, card, room=self._room, handle=self._handle)
         self._tasks: asyncio.TaskGroup | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -235,8 +148,9 @@ class PrefillWorker:
                 direct = subjects.prefill_direct(self._pool, self._card.worker_id)
                 subscriptions.append(await self._bus.subscribe(subjects.cancel(self._pool), self._on_cancel))
                 subscriptions.append(await self._bus.subscribe(direct, self._on_direct))
-                for slot in range(self._card.slots):
-                    self._pulling.add(self._tasks.create_task(self._slot(), name=f"slot {slot}"))
+                subscriptions.append(await self._bus.subscribe(subjects.placed_all(self._pool), self._on_placed))
+                self._lanes.start(self._tasks)
+                self._tasks.create_task(self._keep_held(), name="keep-held")
                 self.listening.set()
                 try:
                     await asyncio.Event().wait()
@@ -245,46 +159,36 @@ class PrefillWorker:
         except* EngineDead as errors:
             raise EngineDead(str(errors.exceptions[0])) from errors
         finally:
+            await self._give_back_held()
             for subscription in subscriptions:
                 await subscription.unsubscribe()
 
     async def drain(self) -> None:
         """Take nothing more; returns when the last job has ended."""
         self._intake.is_draining = True
-        for task in list(self._pulling):
-            task.cancel()
+        self._lanes.stop()
+        await self._give_back_held()
         await self._idle.wait()
+
+    @property
+    def held(self) -> int:
+        """Jobs that wait here for a slot."""
+        return len(self._held)
 
     # Jobs come.
 
-    async def _slot(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        puller = await self._open_puller()
-        try:
-            while not self._intake.is_draining:
-                job = await self._pull(puller, task)
-                if job is not None:
-                    await self._handle(job)
-        finally:
-            self._pulling.discard(task)
-            await puller.aclose()
+    def _room(self) -> int:
+        """Jobs that could start now."""
+        return 0 if self._intake.is_draining else self._card.slots - self._active - len(self._held)
 
-    async def _open_puller(self) -> JobPuller:
-        while True:
-            try:
-                return await self._bus.jobs.puller(subjects.prefill_jobs(self._pool))
-            except BusError as error:
-                log.warning("cannot pull from the work queue yet: %s", error)
-                await asyncio.sleep(PULLER_AGAIN_S)
-
-    async def _pull(self, puller: JobPuller, task: asyncio.Task[None]) -> PulledJob | None:
-        """Only a slot that waits for a job is stopped by `drain`."""
-        self._pulling.add(task)
+    def _on_placed(self, delivery: Delivery) -> None:
         try:
-            return await puller.pull()
-        finally:
-            self._pulling.discard(task)
+            message = decode(delivery.payload)
+        except msgspec.MsgspecError as error:
+            log.warning("dropped a message about load that is none: %s", error)
+            return
+        if isinstance(message, PlacedLoad):
+            self._lanes.on_placed(message)
 
     def _on_direct(self, delivery: Delivery) -> None:
         job = _decode_job(delivery.payload)
@@ -320,10 +224,19 @@ class PrefillWorker:
         if job is None:
             await _quietly(delivery.term("not a prefill job"))
             return
+        is_stray = self._room() <= 0 and not self._lanes.looks_ahead and is_first_try(delivery)
         verdict = self._intake.offer(job, delivery.delivery, self._wall_clock())
         match verdict:
+            case Take() if is_stray:  # It came while the slots were filled by others: somebody may be idle.
+                self._intake.ended(job, is_done=False)
+                await self._settle(_Run(job, [delivery]), GiveBack("no slot is free", 0.0))
             case Take():
-                await self._run_job(_Run(job, [delivery]))
+                run = self._runs[job.request_id, job.attempt] = _Run(job, [delivery])
+                run.held_s = run.said_s = self._clock()
+                self._idle.clear()
+                self._held.add(job, run)
+                self._claim(run)
+                self._fill_slots()
             case Join():
                 self._runs[job.request_id, job.attempt].deliveries.append(delivery)
             case AckAgain():
@@ -331,30 +244,83 @@ class PrefillWorker:
             case GiveBack() | Discard():
                 await self._settle(_Run(job, [delivery]), verdict)
 
+    def _fill_slots(self) -> None:
+        """Start what waits, as far as there are slots."""
+        assert self._tasks is not None
+        while not self._intake.is_draining and self._active < self._card.slots:
+            run = self._held.pop()
+            if run is None:
+                break
+            self._active += 1
+            self._tasks.create_task(self._run_job(run), name=f"prefill {run.job.request_id}")
+        self._lanes.room_changed()
+
+    async def _keep_held(self) -> None:
+        """What waits for a slot stays ours for a while; what nobody needs any more is dropped before the engine sees it."""
+        while True:
+            await asyncio.sleep(HELD_TICK_S)
+            await self._look_at_held(self._clock(), self._wall_clock())
+
+    async def _look_at_held(self, now: float, now_unix_s: float) -> None:
+        for run in self._held.take_out(lambda run: self._is_over(run, now_unix_s)):
+            await self._end_held(run, self._over(run))
+        for run in self._held.take_out(lambda run: now - run.held_s > HELD_S and run.may_go_back):
+            await self._end_held(run, GiveBack("it waited for a slot here", 0.0))
+        for run in self._held.items():
+            if now - run.said_s > self._in_progress_s:
+                run.said_s = now
+                for delivery in run.deliveries:
+                    await _quietly(delivery.in_progress())
+
+    def _is_over(self, run: _Run, now_unix_s: float) -> bool:
+        return run.is_cancelled or run.job.deadline_unix_s <= now_unix_s
+
+    def _over(self, run: _Run) -> Discard:
+        return Discard("cancelled") if run.is_cancelled else Discard("its deadline has passed", "expired")
+
+    async def _end_held(self, run: _Run, ending: Ending) -> None:
+        """It waited for a slot and gets none here."""
+        try:
+            await self._settle(run, ending)
+        finally:
+            self._forget(run, is_done=False)
+
+    async def _give_back_held(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                for run in self._held.take_out(lambda _: True):
+                    await self._end_held(run, GiveBack("the worker stops", 0.0))
+
+    def _forget(self, run: _Run, *, is_done: bool) -> None:
+        del self._runs[run.job.request_id, run.job.attempt]
+        self._intake.ended(run.job, is_done=is_done)
+        self._on_change()
+        if not self._runs:
+            self._idle.set()
+
     async def _run_job(self, run: _Run) -> None:
         job = run.job
-        self._runs[job.request_id, job.attempt] = run
         log.debug("took a job", extra={"request_id": job.request_id, "handoff": job.handoff_token[:4].hex()})
-        self._idle.clear()
         self._on_change()
         is_done = False
         try:
-            self._claim(run)
+            if self._is_over(run, self._wall_clock()):
+                await self._settle(run, self._over(run))
+                return
             ending = await self._compute(run)
             is_done = isinstance(ending, PrefillOutcome)
             await self._settle(run, ending)
         except (asyncio.CancelledError, EngineDead) as error:
+            self._intake.is_draining = True  # Either ends the worker.
             if not is_done:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await self._settle(run, GiveBack(str(error) or "the worker stops", 0.0))
             raise
         finally:
-            del self._runs[job.request_id, job.attempt]
-            self._intake.ended(job, is_done=is_done)
-            self._on_change()
-            if not self._runs:
-                self._idle.set()
+            self._active -= 1
+            self._forget(run, is_done=is_done)
+            self._fill_slots()
 
     async def _compute(self, run: _Run) -> Ending:
         """Run the engine and tell the queue meanwhile that we are at it. Raises EngineDead."""
@@ -429,6 +395,8 @@ class PrefillWorker:
                     await _quietly(delivery.nak(delay_s))
                 if all(isinstance(delivery, _DirectJob) for delivery in run.deliveries):
                     self._tell(job, PrefillFailed(job.request_id, job.attempt, "refused", why))
+                else:
+                    self._tell(job, PrefillReturned(job.request_id, job.attempt, self._card.worker_id))
             case Leave():
                 self.counts.add("replaced")
             case Discard(why, reason):
@@ -464,11 +432,6 @@ async def _quietly(call: Coroutine[None, None, None]) -> None:
         await call
     except BusError as error:
         log.info("the work queue did not answer: %s", error)
-
-
-def is_for(card: WorkerCard, job: PrefillJob) -> bool:
-    """Whether a worker like this can do the job: same model, same KV, and as many ranks as decode was told of."""
-    return (job.model, job.fingerprint, job.prefill_ranks) == (card.model, card.fingerprint, card.tp_size)
 
 
 def _decode_job(payload: bytes) -> PrefillJob | None:

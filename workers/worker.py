@@ -227,6 +227,7 @@ class Worker:
                 wall_clock=self._clocks.wall,
             )
             presence.prefill_tokens_per_s = lambda: prefill.throughput.tokens_per_s
+            presence.waiting = lambda: prefill.held
             counts = prefill.counts
         presence.on_control = checkup.on_control
         if config.metrics_port:

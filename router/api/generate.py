@@ -18,6 +18,7 @@ from ..text.template import TemplateFailed
 from ..text.tokenize import TokenizerBusy
 from .answers import AnswerShape, EventStream, WholeAnswer
 from .body import BodyReader, ClientGone
+from .caller import Caller, caller_of
 from .errors import ApiError, bad_request, error_response
 from .exchange import Exchange
 from .requests import GenerateRequest, parse_chat, parse_completion
@@ -70,6 +71,7 @@ class Generator:
         headers = [(b"x-request-id", request_id.encode())]
         self._requests += 1
         try:
+            caller = caller_of(scope["headers"], self._config)
             if self._requests > self._config.streams_max:
                 raise ApiError(f"{self._requests - 1} requests are in flight", status=429, code="overloaded",
                                retry_after_s=1.0)  # fmt: skip
@@ -83,7 +85,7 @@ class Generator:
                 self._core, self._path, backlog_bytes_max=self._config.client_backlog_bytes_max, headers=headers
             )
             answer = self._shape(asked, prompts, request_id, exchange)
-            generations = self._generations(asked, prompts, request_id, answer)
+            generations = self._generations(asked, prompts, request_id, answer, caller)
             if self._config.explains_to_clients and EXPLAIN in scope["headers"]:
                 generations = self._explain(answer, generations)
             del asked, prompts
@@ -166,9 +168,10 @@ class Generator:
         return WholeAnswer(shape, choices, exchange.finish)
 
     def _generations(
-        self, asked: GenerateRequest, prompts: list[Prompt], request_id: str, answer: EventStream | WholeAnswer
-    ) -> list[tuple[Generation, Stream]]:
-        deadline_s = self._clock() + self._config.request_timeout_s
+        self, asked: GenerateRequest, prompts: list[Prompt], request_id: str, answer: EventStream | WholeAnswer,
+        caller: Caller,
+    ) -> list[tuple[Generation, Stream]]:  # fmt: skip
+        deadline_s = self._clock() + caller.timeout_s
         generations: list[tuple[Generation, Stream]] = []
         for prompt in prompts:
             max_tokens = self._max_tokens(asked, len(prompt.token_ids))
@@ -182,6 +185,8 @@ class Generator:
                     len(prompt.token_ids),
                     asked.sampling_for(choice, max_tokens, self._eos_ids),
                     deadline_s,
+                    tenant=caller.tenant,
+                    priority=caller.priority,
                 )
                 detokenizer = self._text.detokenizer(prompt.token_ids)
                 writer = answer.choice(index, prompt.echo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -96,10 +97,10 @@ class _Server(uvicorn.Server):
 
 
 class ApiServer:
-    """`run()` serves until `stop()`."""
+    """`listen()`, then `run()` serves until `stop()`. With `reuse_port` several processes may listen on one port."""
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int, grace_s: float) -> None:
-        self._socket = _listen(host, port)
+    def __init__(self, app: ASGIApp, *, host: str, port: int, grace_s: float, reuse_port: bool = False) -> None:
+        self._socket = bind(host, port, reuse_port=reuse_port)
         shown, self.port = self._socket.getsockname()[:2]
         self.url = f"http://{f'[{shown}]' if ':' in shown else shown}:{self.port}"
         self._server = _Server(
@@ -117,6 +118,13 @@ class ApiServer:
             )
         )
 
+    def listen(self) -> None:
+        """From now on connections come; they wait until `run`. Raises ServerError."""
+        try:
+            self._socket.listen(BACKLOG)
+        except OSError as error:
+            raise _in_use(self.url, error) from error
+
     async def run(self) -> None:
         """Serve until told to stop; open connections get the grace."""
         await self._server.serve(sockets=[self._socket])
@@ -126,7 +134,8 @@ class ApiServer:
         self._server.should_exit = True
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """A socket that does not listen yet. Raises ServerError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -137,11 +146,16 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_CLIENT_MS)
+        if reuse_port:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listening.bind(address)
-        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
-        hint = "; another process has it, choose one with --port" if error.errno == 98 else ""
-        raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from error
+        raise _in_use(f"{host}:{port}", error) from error
     listening.setblocking(False)
     return listening
+
+
+def _in_use(where: str, error: OSError) -> ServerError:
+    hint = "; another process has it, choose one with --port" if error.errno == errno.EADDRINUSE else ""
+    return ServerError(f"cannot listen on {where}: {error.strerror}{hint}")

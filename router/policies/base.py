@@ -79,7 +79,7 @@ class WorkerView:
     kv_blocks: int
     can_prefill_locally: bool
     hit_blocks: int  # leading blocks of this prompt that are in its prefix cache
-    in_flight: int  # requests of this router that it holds
+    in_flight: int  # requests that routers have placed on it: ours as of now, the others' as they last said
     in_flight_blocks: int  # KV blocks of those, prompt and the most they may generate
     running: int  # as of its last heartbeat, all routers together
     waiting: int

@@ -22,7 +22,7 @@ from hocket.bus import (
 )
 from hocket.bus.jetstream import ApiAnswer as Answer
 from hocket.bus.jetstream import JetStreamError, StreamInfo, api_subject, call
-from hocket.bus.jobs import consumer_name
+from hocket.bus.jobs_pull import consumer_name
 
 from .conftest import until
 

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from hocket.bus import Bus, BusDisconnected, BusError, JobPuller, QueueFull, subjects
+from hocket.bus import Bus, BusDisconnected, BusError, JobPuller, PulledJob, QueueFull, subjects
+from hocket.bus.ids import WorkerId
+from hocket.bus.jobs import JobLimits
 
 from .conftest import LIMITS, PATIENT, Rig, until
 
@@ -74,6 +76,92 @@ async def test_two_pullers_of_one_lane_share_its_jobs(rig: Rig) -> None:
     assert {job.payload for job in jobs} == {b"a", b"b"}
     for job in jobs:
         await job.ack()
+
+
+async def test_a_puller_with_room_gets_as_many_jobs_and_leaves_the_others(rig: Rig) -> None:
+    rig.limits = PATIENT
+    bus, other = await rig.bus(), await rig.bus()
+    jobs: list[PulledJob] = []
+    puller = await bus.jobs.puller(LANE, lambda: 3 - len(jobs))
+    for number in range(4):
+        await put(bus, b"%d" % number)
+    for _ in range(3):
+        jobs.append(await puller.pull())
+    assert [job.payload for job in jobs] == [b"0", b"1", b"2"]
+    assert jobs[-1].behind == 1
+    pull = asyncio.create_task(puller.pull())
+    async with asyncio.timeout(10):
+        last = await (await other.jobs.puller(LANE)).pull()
+    assert (last.payload, last.behind, last.delivery) == (b"3", 0, 1)
+    assert not pull.done()
+    await jobs.pop().ack()
+    await put(bus, b"4")
+    puller.room_changed()
+    async with asyncio.timeout(10):
+        assert (await pull).payload == b"4"
+
+
+async def test_a_request_that_is_taken_back_leaves_the_job_to_another_puller(rig: Rig) -> None:
+    rig.limits = PATIENT
+    bus, other = await rig.bus(), await rig.bus()
+    room = 2
+    puller = await bus.jobs.puller(LANE, lambda: room)
+    for round_number in range(5):
+        room = 2
+        pull = asyncio.create_task(puller.pull())
+        await until(lambda: puller.outstanding > 0)
+        room = 0
+        puller.room_changed()
+        await until(lambda: puller.outstanding == 0)
+        await put(bus, b"job%d" % round_number)
+        async with asyncio.timeout(10):
+            job = await (await other.jobs.puller(LANE)).pull()
+        assert (job.payload, job.delivery) == (b"job%d" % round_number, 1)
+        await job.ack()
+        pull.cancel()
+        await asyncio.wait([pull])
+
+
+async def test_room_that_comes_and_goes_loses_no_job(rig: Rig) -> None:
+    rig.limits = JobLimits(ack_wait_s=60.0)
+    bus = await rig.bus()
+    room, got = 1, list[bytes]()
+    puller = await bus.jobs.puller(LANE, lambda: room)
+
+    async def pull_all() -> None:
+        while len(got) < 40:
+            job = await puller.pull()
+            got.append(job.payload)
+            await job.ack()
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        pulling = tasks.create_task(pull_all())
+        for number in range(40):
+            await put(bus, b"%d" % number)
+            room = number % 3
+            puller.room_changed()
+            await asyncio.sleep(0.0007 * (number % 4))
+        room = 4
+        puller.room_changed()
+        await pulling
+    assert sorted(got, key=int) == [b"%d" % number for number in range(40)]
+
+
+async def test_the_next_job_of_a_lane_can_be_taken_without_waiting(rig: Rig) -> None:
+    bus, other = await rig.bus(), await rig.bus()
+    lane = subjects.prefill_lane("test", WorkerId("prefill-dead"))
+    assert await bus.jobs.take(lane) is None
+    await put(bus, b"one", lane=lane)
+    await put(bus, b"two", lane=lane)
+    async with asyncio.timeout(10):
+        job = await other.jobs.take(lane)
+    assert job is not None
+    assert (job.payload, job.delivery, job.behind) == (b"one", 1, 1)
+    await job.ack()
+    second = await bus.jobs.take(lane)
+    assert second is not None
+    await second.ack()
+    assert await bus.jobs.take(lane) is None
 
 
 async def test_lanes_do_not_mix(rig: Rig) -> None:

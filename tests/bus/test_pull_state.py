@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from hocket.bus.jobs import consumer_name
-from hocket.bus.jobs_pull import BACKOFF_S, HEARTBEAT_S, PULL_EXPIRES_S, SILENCE_S, OpenPull, nak_payload
+from hocket.bus.jobs_pull import (
+    BACKOFF_S,
+    HEARTBEAT_S,
+    PULL_EXPIRES_S,
+    SILENCE_S,
+    OpenPull,
+    consumer_name,
+    nak_payload,
+)
 
 
 def asked(now: float = 100.0) -> OpenPull:

@@ -120,7 +120,9 @@ def test_every_worker_and_router_setting_has_exactly_one_place_in_serve():
     for one, other in itertools.combinations((serve, worker, router), 2):
         assert not one & other
     all_of_them = {field.name for struct in (WorkerConfig, RouterConfig) for field in msgspec.structs.fields(struct)}
-    assert all_of_them - serve - worker - router == {"role", "worker_id", "router_id", "metrics_port", "cpu_cores"}
+    assert all_of_them - serve - worker - router == {
+        "role", "worker_id", "router_id", "metrics_port", "cpu_cores", "reuse_port",
+    }  # fmt: skip
 
 
 def test_the_serve_defaults_agree_with_the_processes_own():

@@ -85,7 +85,9 @@ class Pool:
         self.names: dict[str, PoolProcess] = {}
 
     def _spawn(self, arguments: list[str], options: dict[str, object]) -> PoolProcess:
-        flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        flags = []
+        for name, value in options.items():
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         common = ["--model", str(self.model), "--served-name", self.served_name, "--pool", self.pool]
         process = PoolProcess([*arguments, *common, *flags], {"HOCKET_NATS": self.nats_url})
         self.processes.append(process)

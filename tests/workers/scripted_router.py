@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from hocket.bus import subjects
 from hocket.bus.base import Bus, Delivery
-from hocket.bus.ids import HandoffToken, RequestId, RouterId
+from hocket.bus.ids import HandoffToken, RequestId, RouterId, WorkerId
 from hocket.bus.messages import (
     FINISH_NONE,
     Cancel,
@@ -19,7 +19,9 @@ from hocket.bus.messages import (
     FinishAck,
     Heartbeat,
     KvEvents,
+    LaneLoad,
     Message,
+    PlacedLoad,
     PrefillJob,
     SamplingParams,
     WorkerCard,
@@ -165,19 +167,27 @@ class ScriptedRouter:
         }
         return PrefillJob(**(settings | changes))  # type: ignore[arg-type]  # each test gives what the field wants
 
-    async def publish(self, job: PrefillJob) -> int:
+    async def publish(self, job: PrefillJob, subject: str = "") -> int:
         job_id = f"{job.request_id}.{job.attempt}"
-        return await self.bus.jobs.publish(subjects.prefill_jobs(self.pool), encode(job), job_id=job_id, ttl_s=30.0)
+        subject = subject or subjects.prefill_jobs(self.pool)
+        return await self.bus.jobs.publish(subject, encode(job), job_id=job_id, ttl_s=30.0)
+
+    def say_overdue(self, card: WorkerCard, lane: WorkerId, jobs: int) -> None:
+        load = LaneLoad(jobs, 100 * jobs, jobs, card.fingerprint)
+        placed = PlacedLoad(self.router_id, lanes={lane: load})
+        self.bus.publish_nowait(subjects.placed(self.pool, self.router_id), encode(placed))
 
     def cancel(self, job: DecodeJob) -> None:
         self.bus.publish_nowait(subjects.cancel(self.pool), encode(Cancel(job.request_id, job.attempt)))
 
-    async def begin(self, card: WorkerCard, token_ids: list[int], sampling: SamplingParams) -> tuple[DecodeJob, Stream]:
-        """Admitted by the decode worker, and its prefill job in the queue."""
+    async def begin(
+        self, card: WorkerCard, token_ids: list[int], sampling: SamplingParams, subject: str = "", **changes: object
+    ) -> tuple[DecodeJob, Stream]:
+        """Admitted by the decode worker, and its prefill job in the queue; `changes` are fields of PrefillJob."""
         job = self.job(card, token_ids, sampling, token=os.urandom(16))
         answer = await self.ask(card, job)
         assert type(answer).__name__ == "Admitted", answer
-        await self.publish(self.prefill_job(card, job))
+        await self.publish(self.prefill_job(card, job, **changes), subject)
         return job, self.streams[job.stream_id]
 
     async def answer(self, card: WorkerCard, token_ids: list[int], sampling: SamplingParams) -> list[int]:

@@ -26,7 +26,7 @@ from hocket.workers.admission import Admission
 from hocket.workers.attempts import RecentAttempts
 from hocket.workers.engines.base import BadTask, HandoffFailed
 from hocket.workers.kv_ledger import KvLedger
-from hocket.workers.prefill import AckAgain, Discard, GiveBack, Join, Leave, PrefillIntake, Take
+from hocket.workers.prefill_intake import AckAgain, Discard, GiveBack, Join, Leave, PrefillIntake, Take
 from hocket.workers.throughput import Throughput
 
 CARD = WorkerCard(

@@ -265,6 +265,7 @@ class ApiFactory:
         settings = RouterConfig(**config)  # type: ignore[arg-type]  # The test's own keywords.
         app = build_app(core, path, self._text, settings, registry=CollectorRegistry())
         server = ApiServer(app, host="127.0.0.1", port=0, grace_s=1.0)
+        server.listen()
         serving = asyncio.create_task(server.run())
         http = httpx.AsyncClient(base_url=server.url, timeout=10)
 
