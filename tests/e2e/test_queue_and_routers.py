@@ -209,3 +209,33 @@ def child_of(pid: int) -> int:
     """One of the routers that a supervisor has started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return next(int(one) for one in children if b"--config" in Path(f"/proc/{one}/cmdline").read_bytes())
+
+
+async def test_what_is_over_a_limit_is_refused_at_once_and_fits_later(pool: Pool, reference: Reference):
+    pool.router(kv_blocks_max=40, tenant_from="header", tenant_kv_blocks_max=30)
+    pool.worker("decode", slots=64, kv_blocks=4000, sim_itl_ms=30)
+    pool.worker("prefill", slots=8)
+    pool.wait_workers(prefill=1, decode=1)
+    prompt = reference.prompt(random.Random(6), 300)  # With 20 more 10 blocks of 32 tokens.
+
+    async with client_of(pool) as client:
+
+        async def ask(tenant: str) -> httpx.Response:
+            headers = {"x-hocket-tenant": tenant}
+            return await client.post("/v1/completions", json=body(prompt, 20), headers=headers)
+
+        running = [asyncio.create_task(ask("a")) for _ in range(3)]
+        while pool.metric("hocket_num_requests_running") < 3:
+            await asyncio.sleep(0.01)
+        over_its_own = await ask("a")
+        running.append(asyncio.create_task(ask("b")))
+        while pool.metric("hocket_num_requests_running") < 4:
+            await asyncio.sleep(0.01)
+        over_the_pools = await ask("c")
+        assert (over_its_own.status_code, over_its_own.json()["error"]["code"]) == (429, "tenant_limit")
+        assert (over_the_pools.status_code, over_the_pools.json()["error"]["code"]) == (503, "overloaded")
+        assert int(over_the_pools.headers["retry-after"]) >= 1
+        for answer in await asyncio.gather(*running):
+            assert answer.status_code == 200, answer.text
+        assert (await ask("c")).status_code == 200
+    assert pool.metric("hocket_admission_refusals_total", reason="overloaded") == 1
