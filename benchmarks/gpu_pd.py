@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -358,6 +359,7 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Systems run in sessions of their own: stop them, too.
     with _folder(options) as folder:
         model = options.model or make_model(folder, options.shape, random_weights=options.random_weights)
         bench = Bench(options, model)

@@ -210,10 +210,11 @@ class Generator:
             await self._one()
 
     async def _arrivals(self, tasks: asyncio.TaskGroup) -> None:
-        source = random.Random(self._load.first_seed)
+        source, at = random.Random(self._load.first_seed), time.monotonic()
         while not self._stopped:
             self._start(tasks, self._one())
-            await asyncio.sleep(source.expovariate(self._load.rate))
+            at += source.expovariate(self._load.rate)  # By the clock: a slow turn of the loop delays none that follow.
+            await asyncio.sleep(max(0.0, at - time.monotonic()))
 
     async def _one(self) -> None:
         seed = self._next
