@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hocket.bus.token_state import OutboxState
-from hocket.lab.chaos import run_seed
+from hocket.lab.chaos import draw, run_seed
+from hocket.lab.search import shortened, smaller
 from hocket.router.api.stream import TokenPath
 from hocket.router.view import ClusterView
 from hocket.transport.receiver import Receiver
@@ -122,3 +124,33 @@ def test_a_seed_replays_byte_for_byte_in_another_process():
     ]
     assert len(logs[0]) > 10_000
     assert logs[0] == logs[1] == logs[2]
+
+
+def test_a_failure_is_made_small(monkeypatch: pytest.MonkeyPatch):
+    ack_early(monkeypatch)
+    seed = next(seed for seed in range(RUNS_MAX) if draw(seed).faults and not run_seed(seed).is_good)
+    plan, outcome = smaller(seed)
+    assert not outcome.is_good
+    assert (plan.faults, plan.requests) == ([], [])  # The requests after the faults show it.
+    lines = shortened(outcome)
+    assert any("INVARIANT" in line for line in lines)
+    assert not any("hk.load" in line for line in lines)
+
+
+def lab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hocket.cluster.cli", "lab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_the_command_searches_replays_and_compares(tmp_path: Path):
+    searched = lab("chaos", "--seeds", "0..40", "--jobs", "2")
+    assert searched.returncode == 0, searched.stdout
+    assert searched.stdout.startswith("40 runs, ")
+    logs = [tmp_path / f"{number}.txt" for number in range(3)]
+    for seed, path in zip((3, 3, 4), logs, strict=True):
+        assert lab("chaos", "--seeds", str(seed), "--log", str(path)).returncode == 0
+    same, other = lab("diff", str(logs[0]), str(logs[1])), lab("diff", str(logs[0]), str(logs[2]))
+    assert (same.returncode, same.stdout) == (0, "equal\n")
+    assert other.returncode == 1
+    assert other.stdout.startswith("line ")
+    assert lab("chaos", "--seeds", "9..3").returncode == 2
