@@ -144,6 +144,15 @@ class PrefillWorker:
         """Serve until cancelled; then every job that is held is given back. Raises EngineDead."""
         subscriptions: list[Subscription] = []
         try:
+            await self._serve(subscriptions)
+        except (Exception, asyncio.CancelledError):  # A coroutine that is only thrown away can wait for nothing.
+            await self._give_back_held()
+            for subscription in subscriptions:
+                await subscription.unsubscribe()
+            raise
+
+    async def _serve(self, subscriptions: list[Subscription]) -> None:
+        try:
             async with asyncio.TaskGroup() as self._tasks:
                 direct = subjects.prefill_direct(self._pool, self._card.worker_id)
                 subscriptions.append(await self._bus.subscribe(subjects.cancel(self._pool), self._on_cancel))
@@ -158,10 +167,6 @@ class PrefillWorker:
                     self._intake.is_draining = True  # The group takes no more tasks.
         except* EngineDead as errors:
             raise EngineDead(str(errors.exceptions[0])) from errors
-        finally:
-            await self._give_back_held()
-            for subscription in subscriptions:
-                await subscription.unsubscribe()
 
     async def drain(self) -> None:
         """Take nothing more; returns when the last job has ended."""
