@@ -164,3 +164,20 @@ def seconds(value: float) -> int:
 def status_of(header: bytes) -> str:
     """The status of a header block without a message: "503" of `NATS/1.0 503`, "" when there is none."""
     return header[9:12].decode() if header.startswith(b"NATS/1.0 ") else ""
+
+
+async def ensure_bucket(bus: Requester, stream: str, subject: str, *, replicas: int) -> None:
+    """Create a key-value bucket that keeps the last value of each key, 64 KiB at most, unless it is there."""
+    config: dict[str, object] = {
+        "name": stream,
+        "subjects": [subject],
+        "storage": "file",
+        "discard": "new",
+        "max_msgs_per_subject": 1,
+        "max_msg_size": 1 << 16,
+        "num_replicas": replicas,
+        "allow_rollup_hdrs": True,
+        "allow_direct": True,
+        "deny_delete": True,
+    }
+    await ensure_stream(bus, config, may_update=False)

@@ -21,7 +21,7 @@ from .jetstream import (
     PubAck,
     api_subject,
     call,
-    ensure_stream,
+    ensure_bucket,
 )
 
 if TYPE_CHECKING:
@@ -68,16 +68,4 @@ class NatsSettings:
         raise JetStreamError(ack.error)
 
     async def _ensure(self) -> None:
-        config: dict[str, object] = {
-            "name": STREAM,
-            "subjects": [subjects.all_under(ROOT)],
-            "storage": "file",
-            "discard": "new",
-            "max_msgs_per_subject": 1,
-            "max_msg_size": 1 << 16,
-            "num_replicas": self._bus.jobs.limits.replicas,
-            "allow_rollup_hdrs": True,
-            "allow_direct": True,
-            "deny_delete": True,
-        }
-        await ensure_stream(self._bus, config, may_update=False)
+        await ensure_bucket(self._bus, STREAM, subjects.all_under(ROOT), replicas=self._bus.jobs.limits.replicas)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -110,7 +111,7 @@ class _Endpoint(HandoffEndpoint):
         super().expect(expectation, ended)
 
 
-class Member:
+class Member(ABC):
     """A process of the pool."""
 
     def __init__(self, house: House, name: str) -> None:
@@ -130,9 +131,9 @@ class Member:
         self.house.broker.leave(self.bus)
         self.house.net.on_killed(self.process)
 
+    @abstractmethod
     def leaks(self) -> list[str]:
         """What is held though nothing is to do."""
-        raise NotImplementedError
 
 
 class WorkerMember(Member):

@@ -2,7 +2,7 @@
 
 `BlockStored` and `BlockRemoved` carry Hocket's own chained hashes, so a hash stands for the whole prefix up to it. The
 answer is exact whatever the order of events: a hole in the middle of a chain ends the run there. A search that gallops over
-the chain would be wrong at a hole, and to know that there is none costs more memory than the blocks themselves; every block
+the chain would be wrong at a hole, and to know that there is none needs each block's parent; every block
 is looked at instead, at the speed of C (`map` and `groupby`), which pays because neighbours mostly have the same holders.
 """
 

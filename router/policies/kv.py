@@ -2,7 +2,7 @@
 
 `KvPolicy` is the cost of Dynamo's KV router (its docs, "KV cache routing"): blocks of the prompt still to compute plus
 blocks that the worker is busy with, drawn by softmax at a temperature. There the first count once; then a busy home loses its
-conversations and a third of the hits is missed (docs/policies.md), so here they count 16 times. `Lmetric` has no knob: tokens
+conversations and 38 % of the hits are missed (docs/policies.md), so here they count 16 times. `Lmetric` has no knob: tokens
 to compute times requests held (SGLang's `lmetric`; Dynamo's docs name it as well).
 """
 
