@@ -97,6 +97,9 @@ class Heartbeat(_Message, frozen=True, tag="heartbeat"):
     kv_event_seq: Count = 0  # the last KvEvents.seq sent
     is_draining: bool = False
     prefill_tokens_per_s: float = 0.0  # measured; 0.0: not known yet
+    steps: Count = 0  # that its engine has finished
+    due: Count = 0  # requests that only another step can move on
+    is_stuck: bool = False  # its engine hangs: the worker leaves, and nothing that runs there will end
 
 
 class Goodbye(_Message, frozen=True, tag="goodbye"):

@@ -16,7 +16,7 @@ from .clients import VOCABULARY, Request
 from .house import House
 from .log import EventLog
 from .loop import Deadlock, VirtualLoop, run
-from .members import Member, Shape
+from .members import Member, Shape, WorkerMember
 
 FAULTS_S = (2.0, 14.0)  # when they begin and, at the latest, end
 CALM_S = 8.0  # after the last fault: dead workers are noticed, new ones known
@@ -187,14 +187,32 @@ def _stop_worker(house: House, fault: Fault) -> Undo:
     return None
 
 
+def _engine_of(house: House, fault: Fault) -> WorkerMember | None:
+    ready = [worker for worker in house.live_workers if worker.card is not None and not worker.process.is_paused]
+    return ready[int(fault.pick * len(ready))] if ready else None
+
+
 def _break_engine(house: House, fault: Fault) -> Undo:
-    """The engine dies, the worker around it lives and has to notice."""
-    victims = [worker for worker in house.live_workers if worker.card is not None and not worker.process.is_paused]
-    if victims:
-        victim = victims[int(fault.pick * len(victims))]
-        house.log.add(victim.name, "lost its engine")
-        victim.process.call_soon(victim.engine.break_down, "it was broken")
+    victim = _engine_of(house, fault)
+    if victim is not None:
+        victim.break_engine()
     return None
+
+
+def _hang_engine(house: House, fault: Fault) -> Undo:
+    """For ever: the worker has to notice."""
+    victim = _engine_of(house, fault)
+    if victim is not None:
+        victim.hang()
+    return None
+
+
+def _stall_engine(house: House, fault: Fault) -> Undo:
+    victim = _engine_of(house, fault)
+    if victim is None:
+        return None
+    victim.hang()
+    return victim.go_on
 
 
 def _pause(house: House, fault: Fault) -> Undo:
@@ -311,6 +329,8 @@ KINDS: dict[str, Callable[[House, Fault], Undo]] = {
     "kill a worker": _kill_worker,
     "stop a worker": _stop_worker,
     "break an engine": _break_engine,
+    "hang an engine": _hang_engine,
+    "stall an engine": _stall_engine,
     "pause": _pause,
     "partition": _partition,
     "stop nats": _stop_nats,
@@ -358,17 +378,23 @@ async def _until(loop: VirtualLoop, when: float) -> None:
 
 
 async def _prove_alive(house: House, plan: Plan) -> None:
-    """Old requests end, and new ones are answered, though perhaps at the second try: a worker may still be full."""
+    """Old requests end, and new ones are answered, though perhaps not at the first try.
+
+    A worker may still be full; an idle engine that hangs is found out only by a request.
+    """
     end_s = house.loop.time() + LIVENESS_S
     rng = random.Random(plan.seed)
     for number in range(1000, 1003):
         prompt = rng.choices(VOCABULARY, k=40)
         ends = ["overloaded"]
-        while ends == ["overloaded"] and house.loop.time() < end_s:
+        while house.loop.time() < end_s:
+            hides_hung = any(worker.is_hung for worker in house.live_workers)
             proof = Request(number, prompt, SamplingParams(max_tokens=4), house.loop.time())
             house.send(proof)
             await _ended(house, [proof], end_s)
             ends = proof.ends
+            if ends != ["overloaded"] and not (hides_hung and ends in (["no_worker"], ["decode_worker_lost"])):
+                break
         if ends != ["answered"]:
             house.violate(f"request {number} came after the faults and was not answered: {ends}")
     # A lost word from a prefill worker costs a hand-off's timeout, and who waits for the slot behind it waits as long.

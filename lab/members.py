@@ -62,6 +62,7 @@ class Shape:
     link_latency_s: float = 0.0002
     is_direct: bool = True  # links write into the blocks themselves, not into staging memory
     max_deliver: int = 4
+    hang_timeout_s: float = 2.0  # longer than any step of the shape
 
     def router_config(self, nats: str = "") -> RouterConfig:
         """Of each router."""
@@ -87,6 +88,7 @@ class Shape:
             kv_blocks=self.kv_blocks,
             chunk_tokens=self.chunk_tokens,
             handoff_timeout_s=self.handoff_timeout_s,
+            hang_timeout_s=self.hang_timeout_s,
             sim_layers=LAYERS,
             sim_vocab=len(VOCABULARY),
             sim_itl_ms=self.itl_ms,
@@ -109,6 +111,17 @@ class _Endpoint(HandoffEndpoint):
             on_end(end)
 
         super().expect(expectation, ended)
+
+
+class _Engine(SimEngine):
+    """Tells who gives it up."""
+
+    on_break_down: Callable[[str], None]
+
+    def break_down(self, why: str) -> None:
+        """As every simulator."""
+        self.on_break_down(why)
+        super().break_down(why)
 
 
 class Member(ABC):
@@ -145,7 +158,7 @@ class WorkerMember(Member):
         self.config = shape.worker_config(role)
         self.identity = Identity.new(self.config, rng)
         super().__init__(house, self.identity.worker_id)
-        self.engine = SimEngine(
+        self.engine = _Engine(
             self.config,
             worker_id=self.identity.worker_id,
             epoch=self.identity.epoch,
@@ -154,12 +167,14 @@ class WorkerMember(Member):
                 _Endpoint, house, clock=loop.time, nonce=rng.randbytes(16), make_mover=_mover_of(shape)
             ),
         )
+        self.engine.on_break_down = self._on_break_down
         house.by_process[self.process] = self
         layers = [self.engine.kv.pools[0].buffers([Extent(n, tuple(range(shape.kv_blocks)))])[0] for n in range(LAYERS)]
         self._layers = [(address_of(layer), layer.nbytes) for layer in layers]
         self.card: WorkerCard | None = None
         self.stop = asyncio.Event()
         self.is_asked = False
+        self.was_harmed = self.is_hung = False
         self._clocks = Clocks(loop.time, lambda: loop.time() + clock_skew_s)
         self.task = self.process.start(self._run(), "worker")
         self.task.add_done_callback(self._on_exit)
@@ -192,12 +207,34 @@ class WorkerMember(Member):
         self.is_asked = True
         self.process.call_soon(self.stop.set)
 
+    def hang(self) -> None:
+        """Its engine makes no step any more; the rest of it does not notice."""
+        self.house.log.add(self.name, "hangs")
+        self.was_harmed = self.is_hung = True
+        self.process.call_soon(self.engine.hang)
+
+    def break_engine(self) -> None:
+        """The engine dies, the worker around it lives and has to notice."""
+        self.house.log.add(self.name, "lost its engine")
+        self.was_harmed = True
+        self.process.call_soon(self.engine.break_down, "it was broken")
+
+    def _on_break_down(self, why: str) -> None:
+        if not self.was_harmed:
+            self.house.violate(f"{self.name} gave up an engine that nobody harmed: {why}")
+
+    def go_on(self) -> None:
+        """Its engine makes steps again."""
+        self.house.log.add(self.name, "goes on")
+        self.is_hung = False
+        self.process.call_soon(self.engine.go_on)
+
     def _on_exit(self, task: asyncio.Task[int]) -> None:
         if task.cancelled() or task.exception() is not None:
             self.house.violate(f"{self.name} ended by {task.exception() if not task.cancelled() else 'cancellation'!r}")
             return
         self.house.log.add(self.name, f"exited with {task.result()}")
-        if task.result() and self.is_asked and self.house.is_calm:
+        if task.result() and self.is_asked and self.house.is_calm and not self.is_hung:
             self.house.violate(f"{self.name} was asked to stop and exited with {task.result()}")
         self.house.loop.call_soon(self.kill)  # Its sockets end with it.
         self.house.restart(self)

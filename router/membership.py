@@ -147,6 +147,8 @@ class Membership:
 
     def _on_load(self, delivery: Delivery) -> None:
         match decode(delivery.payload):
+            case Heartbeat(is_stuck=True, worker_id=worker, epoch=epoch):
+                self._on_stuck(worker, epoch)
             case Heartbeat() as heartbeat:
                 if not self.view.heard(heartbeat, self._clock()):
                     self._ask("card", heartbeat.worker_id, self._fetch_card(heartbeat))
@@ -155,6 +157,12 @@ class Membership:
                     self._ask("snapshot", heartbeat.worker_id, self._fetch_snapshot(heartbeat.worker_id))
             case Goodbye(worker_id=worker):
                 self.lost(worker, "goodbye")
+
+    def _on_stuck(self, worker: WorkerId, epoch: int) -> None:
+        """Its engine hangs: what runs there ends no more, and it will say goodbye in a few seconds."""
+        member = self.view.get(worker)
+        if member is not None and member.card.epoch == epoch:
+            self.lost(worker, "its engine hangs")
 
     def _on_kv_events(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
@@ -203,7 +211,9 @@ class Membership:
             return
         except BusError:
             return
-        if isinstance(answer, Heartbeat):
+        if isinstance(answer, Heartbeat) and answer.is_stuck:
+            self._on_stuck(worker, answer.epoch)
+        elif isinstance(answer, Heartbeat):
             self.view.heard(answer, self._clock())
 
     async def _fetch_snapshot(self, worker: WorkerId) -> None:

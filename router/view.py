@@ -2,7 +2,9 @@
 
 A worker is taken in when its card is known and it has given a sign of life, is suspect after `suspect_s` of silence (no
 new work, and the router asks it), and dead after `dead_s` or when the server says that nobody listens. While our own
-connection is down, and for `dead_s` after, no worker's clock runs.
+connection is down, and for `dead_s` after, no worker's clock runs. One whose heartbeats show no step for `STALL_S`, though
+requests wait for one there, gets new work only when all others are like that: a step may be long, and the worker itself
+decides whether its engine hangs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from ..bus.ids import WorkerId
 from ..bus.messages import Heartbeat, WorkerCard
 from .policies.base import IndexMode, PrefillView, WorkerView
 
+STALL_S = 3.0
+
 
 @dataclass(slots=True)
 class Member:
@@ -23,6 +27,8 @@ class Member:
     seen_s: float
     heartbeat: Heartbeat
     is_suspect: bool = False
+    moved_s: float = 0.0  # when its engine was idle or had made a step, as far as we heard
+    is_stalled: bool = False
     in_flight: dict[int, int] = field(default_factory=dict)  # our streams on it -> KV blocks they may need
     in_flight_blocks: int = 0
     others_in_flight: int = 0  # streams of the other routers on it, as they last said
@@ -54,7 +60,7 @@ class ClusterView:
 
     def join(self, card: WorkerCard, heartbeat: Heartbeat, now: float) -> Member:
         """Take a worker in; a worker that is known starts over."""
-        member = Member(card, now, heartbeat)
+        member = Member(card, now, heartbeat, moved_s=now)
         self._members[card.worker_id] = member
         self._members = dict(sorted(self._members.items()))
         return member
@@ -68,6 +74,9 @@ class ClusterView:
         member = self._members.get(heartbeat.worker_id)
         if member is None or member.card.epoch != heartbeat.epoch:
             return False
+        if not heartbeat.due or heartbeat.steps != member.heartbeat.steps:
+            member.moved_s = now
+        member.is_stalled = now - member.moved_s >= STALL_S
         member.heartbeat = heartbeat
         member.cold_view = None
         member.seen_s = now
@@ -77,6 +86,8 @@ class ClusterView:
     def freeze(self, now: float) -> None:
         """Our own connection is down, or was until now: silence means nothing until `dead_s` from now."""
         self._frozen_until_s = now + self._dead_s
+        for member in self._members.values():
+            member.moved_s = now
 
     def silent(self, now: float) -> tuple[list[WorkerId], list[WorkerId]]:
         """Workers that became suspect just now, and workers that are dead (still members: call `leave`)."""
@@ -128,25 +139,25 @@ class ClusterView:
 
     def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
         """Decode workers that may get a new request for `model`."""
-        return [
+        return _moving(
             member
             for worker, member in self._members.items()
             if member.card.role == "decode"
             and member.card.model == model
             and member.can_take_work
             and worker not in exclude
-        ]
+        )
 
     def prefill_members(self, model: str, fingerprints: Collection[str]) -> list[Member]:
         """Prefill workers for `model` that take work and whose KV has one of these fingerprints."""
-        return [
+        return _moving(
             member
             for member in self._members.values()
             if member.card.role == "prefill"
             and member.card.model == model
             and member.card.fingerprint in fingerprints
             and member.can_take_work
-        ]
+        )
 
     def prefill_ranks(self, model: str, fingerprint: str) -> int:
         """The tensor-parallel size that most of the prefill workers with this KV have; 0: there is none."""
@@ -156,6 +167,14 @@ class ClusterView:
     def models(self) -> list[str]:
         """Models that a decode worker serves."""
         return sorted({member.card.model for member in self._members.values() if member.card.role == "decode"})
+
+
+def _moving(members: Iterable[Member]) -> list[Member]:
+    """Without those whose engine does not move, unless none moves."""
+    found = list(members)
+    if any(member.is_stalled for member in found):
+        return [member for member in found if not member.is_stalled] or found
+    return found
 
 
 def worker_view(member: Member, hit_blocks: int, local_prefill_tokens: int) -> WorkerView:

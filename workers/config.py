@@ -45,6 +45,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 60.0
     grace_s: Annotated[float, Meta(description="time to finish what runs after SIGTERM", ge=0)] = 8.0
     heartbeat_s: Annotated[float, Meta(description="time between heartbeats", gt=0)] = 0.5
+    hang_timeout_s: Annotated[
+        float, Meta(description="an engine that makes no step for so long is started again, 0: never", ge=0)
+    ] = 60.0
     sim_prefill_ms_per_token: Annotated[
         float, Meta(description="sim: time to compute one prompt token, in ms", ge=0)
     ] = 0.05

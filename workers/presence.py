@@ -46,6 +46,7 @@ class Presence:
         self._last: Heartbeat | None = None
         self._is_left = False
         self.is_draining = False
+        self.is_stuck = False
         self.waiting: Callable[[], int] = lambda: 0  # what waits outside of the engine
         self.prefill_tokens_per_s: Callable[[], float] = lambda: 0.0
 
@@ -71,6 +72,11 @@ class Presence:
                     pass
                 self._changed.clear()
                 self._beat()
+
+    def stuck(self) -> None:
+        """The engine hangs; every router hears it now."""
+        self.is_draining = self.is_stuck = True
+        self._beat()
 
     def changed(self) -> None:
         """Something that the heartbeat tells is different now: send one soon."""
@@ -102,6 +108,9 @@ class Presence:
             kv_event_seq=self._ledger.seq,
             is_draining=self.is_draining,
             prefill_tokens_per_s=self.prefill_tokens_per_s(),
+            steps=load.steps,
+            due=load.due,
+            is_stuck=self.is_stuck,
         )
 
     def reply(self, delivery: Delivery, answer: Message) -> None:

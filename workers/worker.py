@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from .metrics import serve_metrics
 from .prefill import PrefillWorker
 from .presence import Presence
 from .stopping import Stop
+from .watchdog import LOOK_S, Watchdog
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -160,6 +161,8 @@ class Worker:
         await asyncio.wait([self._own(role.listening.wait(), "listen"), *broken], return_when=asyncio.FIRST_COMPLETED)
         await presence.join()
         broken.append(self._own(presence.run(), "presence"))
+        watch = self._watch(self._engine, presence)
+        broken.append(self._own(watch, "watchdog"))
         assert self._checkup is not None
         broken.append(self._own(self._checkup.run(), "checkup"))
         log.info("ready: %s with %s", card.worker_id, card.engine)
@@ -233,6 +236,17 @@ class Worker:
         if config.metrics_port:
             self._stop_metrics = serve_metrics(config.metrics_port, card, engine, counts)
         return presence, role
+
+    async def _watch(self, engine: Engine, presence: Presence) -> NoReturn:
+        """Give an engine that hangs up: from then on it is one that died."""
+        watchdog = Watchdog(self._config.hang_timeout_s)
+        while True:
+            await asyncio.sleep(LOOK_S)
+            load = engine.load()
+            if watchdog.look(load, self._clocks.monotonic()):
+                presence.stuck()
+                engine.break_down(f"no step for {watchdog.stuck_s:.0f} s, though {load.due} requests wait for one")
+                await asyncio.Event().wait()
 
     async def _drain(self, presence: Presence, role: Role, broken: Sequence[asyncio.Task[object]]) -> None:
         """Let running requests finish, within `grace_s` and until a second signal."""

@@ -18,6 +18,7 @@ from hocket.router.view import ClusterView
 from hocket.transport.receiver import Receiver
 from hocket.workers.engines.sim.engine import SimEngine
 from hocket.workers.prefill import PrefillIntake, PrefillWorker, Take
+from hocket.workers.watchdog import Watchdog
 
 RUNS_MAX = 1000
 
@@ -90,6 +91,11 @@ def lose_a_terminal_event(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OutboxState, "__init__", begin_forgetful)
 
 
+def miss_a_hang(patch: pytest.MonkeyPatch) -> None:
+    """Whoever sends heartbeats is well."""
+    patch.setattr(Watchdog, "look", lambda self, load, now: False)
+
+
 PLANTS = (
     skip_the_fence,
     ack_early,
@@ -98,6 +104,7 @@ PLANTS = (
     drop_the_dedup_of_jobs,
     trust_a_stale_heartbeat,
     lose_a_terminal_event,
+    miss_a_hang,
 )
 
 

@@ -145,3 +145,72 @@ def test_tokens_are_asked_for_again_from_a_worker_that_is_back_later_than_its_ro
         await asyncio.sleep(1.0)
 
     house_run(Shape(prefill=0), story)
+
+
+def test_a_worker_whose_engine_hangs_is_noticed_and_its_requests_are_answered_elsewhere():
+    async def story(house: House) -> None:
+        for number in range(4):  # Both engines have made a step.
+            house.send(warm := request(number))
+            assert await ended(warm, 10.0) == ["answered"]
+        victim = house.workers[0]
+        victim.hang()
+        requests = [request(number) for number in range(10, 16)]
+        for one in requests:
+            house.send(one)
+        assert {tuple(await ended(one, 10.0)) for one in requests} == {("answered",)}
+        assert not victim.is_alive  # Its supervisor starts another one.
+        await asyncio.sleep(3.0)
+        assert len(house.live_workers) == 2
+
+    house_run(Shape(prefill=0, decode=2, policy="round_robin"), story)
+
+
+def test_a_prefill_worker_whose_engine_hangs_gives_its_jobs_back():
+    async def story(house: House) -> None:
+        house.send(warm := request(prompt_tokens=60))
+        assert await ended(warm, 10.0) == ["answered"]
+        victim = house.workers[0]
+        victim.hang()
+        house.send(one := request(1, prompt_tokens=60))
+        assert await ended(one, 6.0) == ["answered"]  # Before the hand-off's timeout.
+        assert not victim.is_alive
+        await asyncio.sleep(3.0)
+
+    house_run(Shape(), story)
+
+
+def test_without_a_watchdog_a_hang_lasts_until_the_deadline():
+    async def story(house: House) -> None:
+        house.send(warm := request())
+        assert await ended(warm, 10.0) == ["answered"]
+        house.workers[0].hang()
+        house.send(one := request(1))
+        assert await ended(one, 25.0) == ["timeout"]
+        assert house.loop.time() > 20.0
+        house.workers[0].go_on()
+        await asyncio.sleep(3.0)
+
+    house_run(Shape(prefill=0, hang_timeout_s=0.0, request_timeout_s=20.0), story)
+
+
+def test_while_an_engine_stalls_new_requests_go_to_others():
+    async def story(house: House) -> None:
+        for number in range(4):
+            house.send(warm := request(number))
+            assert await ended(warm, 10.0) == ["answered"]
+        victim, other = house.workers
+        victim.hang()
+        stalled = [request(number) for number in (10, 11)]
+        for one in stalled:
+            house.send(one)
+        await asyncio.sleep(5.0)  # The router has heard that nothing moves there.
+        assert [len(one.ends) for one in stalled].count(0) == 1
+        requests = [request(number) for number in range(20, 26)]
+        for one in requests:
+            house.send(one)
+            assert await ended(one, 2.0) == ["answered"]
+        victim.go_on()
+        assert {tuple(await ended(one, 10.0)) for one in stalled} == {("answered",)}
+        await asyncio.sleep(1.0)
+
+    house_run(Shape(prefill=0, decode=2, policy="round_robin", hang_timeout_s=60.0), story)

@@ -51,6 +51,40 @@ def test_a_worker_that_is_silent_is_suspect_and_then_dead():
     assert cluster.silent(3.0) == ([], [A])
 
 
+def test_a_worker_without_progress_gets_work_only_when_no_other_is_left():
+    cluster = view()
+    for worker in (A, B):
+        cluster.join(card(worker), beat(worker), 0.0)
+    for tenth in range(5, 50, 5):
+        cluster.heard(Heartbeat(A, 1, "decode", steps=7, due=2), tenth / 10)
+        cluster.heard(Heartbeat(B, 1, "decode", steps=tenth, due=2), tenth / 10)
+    assert [member.card.worker_id for member in cluster.candidates("m", ())] == [B]
+    assert [member.card.worker_id for member in cluster.candidates("m", (B,))] == [A]
+    cluster.heard(Heartbeat(A, 1, "decode", steps=8, due=2), 5.0)
+    assert [member.card.worker_id for member in cluster.candidates("m", ())] == [A, B]
+
+
+def test_a_worker_that_is_idle_or_older_than_progress_is_not_without_it():
+    cluster = view()
+    for worker in (A, B):
+        cluster.join(card(worker), beat(worker), 0.0)
+    for second in range(1, 20):
+        cluster.heard(Heartbeat(A, 1, "decode", steps=7), float(second))
+        cluster.heard(Heartbeat(B, 1, "decode", running=3), float(second))
+    assert [member.card.worker_id for member in cluster.candidates("m", ())] == [A, B]
+
+
+def test_progress_that_a_router_could_not_hear_of_is_not_missed():
+    cluster = view()
+    for worker in (A, B):
+        cluster.join(card(worker), Heartbeat(worker, 1, "decode", steps=7, due=1), 0.0)
+    cluster.freeze(60.0)
+    for worker in (A, B):
+        cluster.heard(Heartbeat(worker, 1, "decode", steps=7, due=1), 60.5)
+    cluster.heard(Heartbeat(A, 1, "decode", steps=8, due=1), 61.0)
+    assert [member.card.worker_id for member in cluster.candidates("m", ())] == [A, B]
+
+
 def test_a_sign_of_life_ends_the_suspicion():
     cluster = view()
     cluster.join(card(A), beat(A), 0.0)

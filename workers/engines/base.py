@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from ...bus.messages import KvEvent, SamplingParams, TokenLogprob
@@ -50,11 +50,13 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy it is now."""
+    """How busy it is now, and whether it moves (of which equality knows nothing)."""
 
     running: int
     waiting: int
     kv_blocks_free: int
+    steps: int = field(default=0, compare=False)  # finished since the start
+    due: int = field(default=0, compare=False)  # requests that only another step can move on
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,9 @@ class Engine(Protocol):
 
     def on_kv_events(self, handler: Callable[[list[KvEvent]], None]) -> None:
         """Call `handler`, on the loop and in order, with each change of the prefix cache (hashes of `bus.block_hash`)."""
+
+    def break_down(self, why: str) -> None:
+        """It hangs: as when it died, every task fails now with EngineDead, and `failed` returns."""
 
     async def failed(self) -> EngineDead:
         """Waits until the engine cannot go on and returns why."""

@@ -89,6 +89,9 @@ class SimEngine:
         ]
         self.endpoint = RankedEndpoint(self._ranks)
         self._wake = asyncio.Event()
+        self._moves = asyncio.Event()
+        self._moves.set()
+        self._steps = 0
         self._scheduler = Scheduler(
             self.kv,
             self.vocabulary,
@@ -160,8 +163,21 @@ class SimEngine:
             self._task.cancel()
         self._fail_all(EngineDead(why))
 
+    def hang(self) -> None:
+        """Begin no step and no layer any more, and tell nobody, until `go_on`."""
+        self._moves.clear()
+
+    def go_on(self) -> None:
+        """After `hang`."""
+        self._moves.set()
+
     def load(self) -> EngineLoad:
-        return EngineLoad(len(self._scheduler.active), len(self._scheduler.waiting), self._scheduler.blocks.free_blocks)
+        scheduler = self._scheduler
+        free = scheduler.blocks.free_blocks
+        due = len(scheduler.computing) + len(scheduler.running)
+        if not scheduler.active and free == self.kv.blocks:  # Nobody else has what they wait for.
+            due += len(scheduler.waiting)
+        return EngineLoad(len(scheduler.active), len(scheduler.waiting), free, self._steps, due)
 
     def on_kv_events(self, handler: Callable[[list[KvEvent]], None]) -> None:
         self._handlers.append(handler)
@@ -242,6 +258,7 @@ class SimEngine:
 
     async def _run(self) -> None:
         while True:
+            await self._moves.wait()
             self._admit()
             parts = self._scheduler.plan()
             if not parts and not self._scheduler.running:
@@ -249,6 +266,7 @@ class SimEngine:
                 await self._wake.wait()
                 continue
             await self._step(parts)
+            self._steps += 1
             self._tell_events()
 
     def _admit(self) -> None:
@@ -274,6 +292,7 @@ class SimEngine:
         layers = self.kv.layers if parts else 1  # Nobody waits for a layer when only tokens are made.
         for layer in range(layers):
             await self._spend(step_ms / 1000 / layers)
+            await self._moves.wait()
             for work, _, blocks, _, cells in computed:
                 if not work.is_over:
                     self.kv.write(layer, blocks, cells[layer])

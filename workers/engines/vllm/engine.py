@@ -65,6 +65,7 @@ class _Stats:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    steps: int = 0
 
 
 @dataclass(slots=True)
@@ -97,6 +98,7 @@ class VllmEngine:
         self._ends = _Ends()
         self._probes = ProbeQuestions(self._channel.send)
         self._numbers = itertools.count(1)
+        self._generating = 0
         self._kv_handlers: list[Callable[[list[KvEvent]], None]] = []
         self._tasks: set[asyncio.Task[object]] = set()
         self._handoffs = EndedHandoffs()
@@ -163,6 +165,7 @@ class VllmEngine:
                 pass
 
             def record(self, scheduler_stats: Unchecked, *_: Unchecked, **__: Unchecked) -> None:
+                stats.steps += 1  # Empty ones, too: while requests wait for KV, vLLM goes round and round.
                 if scheduler_stats is not None:
                     stats.running = scheduler_stats.num_running_reqs
                     stats.waiting = versions.waiting_requests(scheduler_stats)
@@ -270,6 +273,10 @@ class VllmEngine:
         fail(self._ends.sends.values(), error)
         self._probes.fail(str(error))
 
+    def break_down(self, why: str) -> None:
+        """It hangs: every task fails now, and its processes are killed by `aclose`."""
+        self._die(EngineDead(why))
+
     async def failed(self) -> EngineDead:
         """Waits until the engine cannot go on and returns why."""
         assert self._dead is not None, "start first"
@@ -292,8 +299,9 @@ class VllmEngine:
 
     def load(self) -> EngineLoad:
         """As of the last step."""
-        blocks = self._info.kv_blocks if self._info else 0
-        return EngineLoad(self._stats.running, self._stats.waiting, round(blocks * (1.0 - self._stats.kv_usage)))
+        stats, blocks = self._stats, self._info.kv_blocks if self._info else 0
+        free = round(blocks * (1.0 - stats.kv_usage))
+        return EngineLoad(stats.running, stats.waiting, free, stats.steps, self._generating)
 
     async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
         """For `hocket doctor`. Raises LinkLost, HandoffRefused."""
@@ -455,6 +463,7 @@ class VllmEngine:
         token_ids, params = prompt
         self._ends.tasks[number] = asyncio.get_running_loop().create_future()
         is_over = False
+        self._generating += 1
         try:
             outputs = self._llm.generate(versions.prompt_of(token_ids), params, request_id)
             async with contextlib.aclosing(outputs):
@@ -469,6 +478,7 @@ class VllmEngine:
         except EngineGenerateError as error:
             raise EngineError(f"vllm: {error.__cause__ or error}") from error
         finally:
+            self._generating -= 1
             if not is_over:
                 await self._abandon(request_id, number)
 
