@@ -162,13 +162,15 @@ class PrefillJob(_Message, frozen=True, tag="prefill_job"):
     decode_epoch: int
     decode_addresses: tuple[str, ...]
     fingerprint: str
-    deadline_unix_s: float  # past it the client has gone: drop the job
+    deadline_unix_s: float  # for prefill workers of older versions, by the router's wall clock
     decode_ranks: Ranks = 1  # that `decode_addresses` are of, each in turn
     prefill_ranks: Ranks = 1  # what the decode worker was told; a prefill worker with others must leave the job
     decode_block_tokens: Count = 0  # of the decode worker's card; 0: unknown
     tenant: str = ""  # who pays for it
     share: float = 1.0  # the tenant's weight against other tenants
     priority: int = 0  # higher goes first
+    time_left_s: float = 0.0  # when it was sent; past it the client has gone: drop the job. 0: not told
+    sent_s: float = 0.0  # on the router's own clock, as in `PlacedLoad.clock_s`
 
 
 class PrefillClaimed(_Message, frozen=True, tag="prefill_claimed"):
@@ -231,6 +233,7 @@ class PlacedLoad(_Message, frozen=True, tag="placed_load"):
     lanes: dict[WorkerId, LaneLoad] = {}  # by prefill worker; "": the shared lane
     tenants: dict[str, tuple[int, int]] = {}  # prompt tokens that wait for prefill, and KV blocks
     has_left: bool = False
+    clock_s: float = 0.0  # the router's monotonic clock now; 0: not told
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):

@@ -52,7 +52,7 @@ class Plan:
     shape: Shape
     requests: list[Request]
     faults: list[Fault]
-    skews_s: list[float]  # of each worker's wall clock
+    skews_s: list[float]  # of each host's clock
 
 
 @dataclass(slots=True)
@@ -102,7 +102,8 @@ def draw(seed: int) -> Plan:
     for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6))):
         at_s = rng.uniform(begin_s, end_s - 0.5)
         faults.append(Fault(at_s, rng.choice(sorted(KINDS)), _duration_s(rng, end_s - at_s), rng.random()))
-    skews_s = [rng.choice((0.0, 0.0, 0.0, 3600.0, -3600.0)) for _ in range(shape.prefill + shape.decode)]
+    hosts = shape.routers + shape.prefill + shape.decode
+    skews_s = [rng.choice((1e4, 1e4, 1e4, 1e4 + 3600.0, 1e4 - 3600.0, 1e6)) for _ in range(hosts)]
     return Plan(seed, shape, _requests(rng), sorted(faults, key=lambda fault: fault.at_s), skews_s)
 
 
@@ -120,7 +121,8 @@ def _requests(rng: random.Random) -> list[Request]:
             max_tokens=rng.randint(1, 24), temperature=rng.choice((0.0, 0.8)), seed=rng.randint(0, 99)
         )
         leaves_s = rng.uniform(0.0, 2.0) if rng.random() < 0.1 else None
-        requests.append(Request(number, prompt, sampling, rng.uniform(1.0, FAULTS_S[1]), leaves_s))
+        timeout_s = rng.uniform(1.0, 8.0) if rng.random() < 0.15 else None
+        requests.append(Request(number, prompt, sampling, rng.uniform(1.0, FAULTS_S[1]), leaves_s, timeout_s))
     return requests
 
 
@@ -403,6 +405,11 @@ async def _prove_alive(house: House, plan: Plan) -> None:
     for request in plan.requests:
         if not request.ends or request.ended_s > in_time_s:
             house.violate(f"request {request.number} has not ended by {in_time_s} s")
+        elif request.timeout_s and request.ends == ["timeout"]:
+            if request.ended_s < request.arrival_s + request.timeout_s:
+                house.violate(f"request {request.number} was given up before its deadline")
+        elif request.timeout_s and request.ends == ["deadline"]:
+            pass  # Too much waits before it.
         elif not HOW_REQUESTS_END.issuperset(request.ends):
             house.violate(f"request {request.number} ended in a way that nobody should see: {request.ends}")
 

@@ -33,6 +33,7 @@ class Request:
     sampling: SamplingParams
     arrival_s: float
     leaves_s: float | None = None  # after its arrival
+    timeout_s: float | None = None  # None: the router's own
     tokens: list[int] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)  # exactly one, at last
     ended_s: float = 0.0

@@ -42,16 +42,17 @@ class House:
         self.violations: list[str] = []
         self.workers: list[WorkerMember] = []  # every incarnation
         self.routers: list[RouterMember] = []
+        self.deadlines: dict[str, float] = {}  # of requests, on the loop's clock
         self.is_calm = False  # no fault is at work any more
         self.is_stopping = False
         self.broker.store.on_ack = self._on_ack
         loop.set_exception_handler(self._on_exception)
 
     async def start(self, skews_s: Sequence[float] = ()) -> None:
-        """Everything that the shape names, until it is ready; `skews_s` are of each worker's wall clock."""
+        """Everything that the shape names, until it is ready; `skews_s` are of each host's clock, routers first."""
         skews = iter(skews_s)
         for number in range(self.shape.routers):
-            self.routers.append(RouterMember(self, number))
+            self.routers.append(RouterMember(self, number, clock_skew_s=next(skews, 0.0)))
         for role, count in (("prefill", self.shape.prefill), ("decode", self.shape.decode)):
             for number in range(count):
                 self.start_worker(role, number, clock_skew_s=next(skews, 0.0))
@@ -71,9 +72,9 @@ class House:
         if self.is_stopping:
             return
         if isinstance(member, WorkerMember):
-            self.start_worker(member.role, member.number)
+            self.start_worker(member.role, member.number, clock_skew_s=member.clock_skew_s)
         elif isinstance(member, RouterMember):
-            self.routers.append(RouterMember(self, member.number))
+            self.routers.append(RouterMember(self, member.number, clock_skew_s=member.clock_skew_s))
 
     @property
     def live_workers(self) -> list[WorkerMember]:
@@ -114,6 +115,11 @@ class House:
         job = decode(payload)
         if isinstance(job, PrefillJob) and job.handoff_token not in self._landed:
             self.violate(f"{bus.process.name} acked {job.request_id}.{job.attempt}, whose KV has not landed")
+
+    def on_expired(self, request_id: str) -> None:
+        """A worker takes a request for too late."""
+        if self.loop.time() < self.deadlines[request_id]:
+            self.violate(f"{request_id} was given up before its deadline")
 
     def _on_access(self, process: Process, place: memoryview) -> None:
         """A link reads or writes blocks: somebody must still hold them."""
@@ -196,5 +202,7 @@ class _LogHandler(logging.Handler):
         ]
         text = " ".join([record.getMessage(), *facts])
         self._house.log.add(process.name if process else "-", text)
+        if record.msg == "refused a job: %s" and record.args == ("its deadline has passed",):
+            self._house.on_expired(record.__dict__["request_id"])
         if record.exc_info:
             self._house.violate(f"{text}: {record.exc_info[1]!r}")

@@ -27,7 +27,7 @@ from ..transport.pool import HostKvPool
 from ..workers.config import WorkerConfig
 from ..workers.engines.base import EngineLoad
 from ..workers.engines.sim.engine import SimEngine
-from ..workers.worker import Clocks, Identity, run_worker
+from ..workers.worker import Identity, run_worker
 from .bus import LabBus
 from .clients import LAYERS, MODEL, VOCABULARY, Request, ask, token_table
 from .link import LabTransport
@@ -175,7 +175,7 @@ class WorkerMember(Member):
         self.stop = asyncio.Event()
         self.is_asked = False
         self.was_harmed = self.is_hung = False
-        self._clocks = Clocks(loop.time, lambda: loop.time() + clock_skew_s)
+        self.clock_skew_s = clock_skew_s
         self.task = self.process.start(self._run(), "worker")
         self.task.add_done_callback(self._on_exit)
 
@@ -194,7 +194,7 @@ class WorkerMember(Member):
             identity=self.identity,
             stop=self.stop,
             on_ready=self._on_ready,
-            clocks=self._clocks,
+            clock=lambda: self.house.loop.time() + self.clock_skew_s,
         )
 
     def _on_ready(self, card: WorkerCard) -> None:
@@ -251,9 +251,10 @@ class WorkerMember(Member):
 class RouterMember(Member):
     """One incarnation of a router."""
 
-    def __init__(self, house: House, number: int) -> None:
+    def __init__(self, house: House, number: int, *, clock_skew_s: float = 0.0) -> None:
         super().__init__(house, f"router-{number}-{house.rng.randbytes(4).hex()}")
         self.number = number
+        self.clock_skew_s = clock_skew_s
         shape = house.shape
         self.config = shape.router_config()
         self.router = Router(
@@ -263,8 +264,8 @@ class RouterMember(Member):
             router_id=RouterId(self.name),
             served_name=MODEL,
             metrics=RouterMetrics(),
-            clock=house.loop.time,
-            wall_clock=house.loop.time,
+            clock=self._clock,
+            wall_clock=self._clock,
             rng=random.Random(house.rng.getrandbits(64)),
         )
         self.path = TokenPath(self.router, token_table())
@@ -272,6 +273,9 @@ class RouterMember(Member):
         self.is_ready = False
         self.task = self.process.start(self._run(), "router")
         self.task.add_done_callback(self._on_exit)
+
+    def _clock(self) -> float:
+        return self.house.loop.time() + self.clock_skew_s
 
     async def _run(self) -> None:
         while True:
@@ -298,8 +302,11 @@ class RouterMember(Member):
     async def _answer(self, request: Request) -> None:
         request_id = RequestId(self.house.rng.randbytes(16).hex())
         self.house.log.add(self.name, f"request {request.number} is {request_id}")
-        deadline_s = self.house.loop.time() + self.config.request_timeout_s
-        await ask(self.router, self.path, request, self.house, request_id=request_id, deadline_s=deadline_s)
+        timeout_s = request.timeout_s or self.config.request_timeout_s
+        self.house.deadlines[request_id] = self.house.loop.time() + timeout_s
+        await ask(
+            self.router, self.path, request, self.house, request_id=request_id, deadline_s=self._clock() + timeout_s
+        )
         self.requests.pop(request.number, None)
 
     def kill(self) -> None:

@@ -97,7 +97,8 @@ class Dispatch:
         member = self._membership.view.get(publish.worker)
         if member is None:
             return machine.worker_lost(publish.worker)
-        time_left_s = max(generation.deadline_s - self._clock(), 1.0)
+        now = self._clock()
+        time_left_s = max(generation.deadline_s - now, 1.0)
         job = PrefillJob(
             request_id=generation.request_id,
             attempt=publish.attempt,
@@ -116,6 +117,8 @@ class Dispatch:
             tenant=generation.tenant,
             share=self._share_of(generation.tenant),
             priority=generation.priority,
+            time_left_s=time_left_s,
+            sent_s=now,
         )
         payload = encode(job)
         lane = self._lane(publish.lane, job)
@@ -123,7 +126,7 @@ class Dispatch:
             stream_id,
             lane,
             generation.prompt_tokens,
-            self._clock(),
+            now,
             fingerprint=job.fingerprint,
             ranks=job.prefill_ranks,
         )

@@ -100,7 +100,7 @@ class LoadSharing:
             if member.in_flight
         }
         lanes = self.jobs.loads(now, self._can_take_work)
-        return PlacedLoad(self._router_id, decode_load, lanes, dict(self.tenants()))
+        return PlacedLoad(self._router_id, decode_load, lanes, dict(self.tenants()), clock_s=now)
 
     def _publish(self, placed: PlacedLoad) -> None:
         self._bus.publish_nowait(subjects.placed(self._pool, self._router_id), encode(placed))

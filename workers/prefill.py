@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from .engines.base import Engine, EngineDead, EngineError, PrefillOutcome, Prefi
 from .prefill_intake import AckAgain, Discard, Ending, GiveBack, Join, Leave, PrefillIntake, Take, is_for
 from .prefill_lanes import LanePulls
 from .prefill_order import JobOrder
+from .router_clocks import RouterClocks
 from .throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class _Run:
 
     job: PrefillJob
     deliveries: list[PulledJob]
+    deadline_s: float = math.inf  # on our clock
     task: asyncio.Task[PrefillOutcome] | None = None
     is_cancelled: bool = False
     held_s: float = 0.0  # since when it waits for a slot
@@ -117,7 +120,6 @@ class PrefillWorker:
         in_progress_s: float = IN_PROGRESS_S,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._bus = bus
         self._pool = pool
@@ -127,7 +129,7 @@ class PrefillWorker:
         self._in_progress_s = in_progress_s
         self._on_change = on_change
         self._clock = clock
-        self._wall_clock = wall_clock
+        self._router_clocks = RouterClocks()
         self._intake = PrefillIntake(card)
         self._runs: dict[tuple[str, int], _Run] = {}
         self._held: JobOrder[_Run] = JobOrder()
@@ -193,6 +195,7 @@ class PrefillWorker:
             log.warning("dropped a message about load that is none: %s", error)
             return
         if isinstance(message, PlacedLoad):
+            self._router_clocks.heard(message.router_id, message.clock_s, self._clock())
             self._lanes.on_placed(message)
 
     def _on_direct(self, delivery: Delivery) -> None:
@@ -229,17 +232,19 @@ class PrefillWorker:
         if job is None:
             await _quietly(delivery.term("not a prefill job"))
             return
+        now = self._clock()
+        deadline_s = self._router_clocks.deadline_s(job, now)
         is_stray = self._room() <= 0 and not self._lanes.looks_ahead and is_first_try(delivery)
-        verdict = self._intake.offer(job, delivery.delivery, self._wall_clock())
+        verdict = self._intake.offer(job, delivery.delivery, deadline_s - now)
         match verdict:
             case Take() if is_stray:  # It came while the slots were filled by others: somebody may be idle.
                 self._intake.ended(job, is_done=False)
                 await self._settle(_Run(job, [delivery]), GiveBack("no slot is free", 0.0))
             case Take():
-                run = self._runs[job.request_id, job.attempt] = _Run(job, [delivery])
-                run.held_s = run.said_s = self._clock()
+                run = self._runs[job.request_id, job.attempt] = _Run(job, [delivery], deadline_s)
+                run.held_s = run.said_s = now
                 self._idle.clear()
-                self._held.add(job, run)
+                self._held.add(job, run, deadline_s)
                 self._claim(run)
                 self._fill_slots()
             case Join():
@@ -264,10 +269,10 @@ class PrefillWorker:
         """What waits for a slot stays ours for a while; what nobody needs any more is dropped before the engine sees it."""
         while True:
             await asyncio.sleep(HELD_TICK_S)
-            await self._look_at_held(self._clock(), self._wall_clock())
+            await self._look_at_held(self._clock())
 
-    async def _look_at_held(self, now: float, now_unix_s: float) -> None:
-        for run in self._held.take_out(lambda run: self._is_over(run, now_unix_s)):
+    async def _look_at_held(self, now: float) -> None:
+        for run in self._held.take_out(lambda run: self._is_over(run, now)):
             await self._end_held(run, self._over(run))
         for run in self._held.take_out(lambda run: now - run.held_s > HELD_S and run.may_go_back):
             await self._end_held(run, GiveBack("it waited for a slot here", 0.0))
@@ -277,8 +282,8 @@ class PrefillWorker:
                 for delivery in run.deliveries:
                     await _quietly(delivery.in_progress())
 
-    def _is_over(self, run: _Run, now_unix_s: float) -> bool:
-        return run.is_cancelled or run.job.deadline_unix_s <= now_unix_s
+    def _is_over(self, run: _Run, now: float) -> bool:
+        return run.is_cancelled or run.deadline_s <= now
 
     def _over(self, run: _Run) -> Discard:
         return Discard("cancelled") if run.is_cancelled else Discard("its deadline has passed", "expired")
@@ -309,7 +314,7 @@ class PrefillWorker:
         self._on_change()
         is_done = False
         try:
-            if self._is_over(run, self._wall_clock()):
+            if self._is_over(run, self._clock()):
                 await self._settle(run, self._over(run))
                 return
             ending = await self._compute(run)
@@ -346,7 +351,7 @@ class PrefillWorker:
         except EngineDead:
             raise
         except EngineError as error:
-            return self._intake.failed(run.job, error, self._wall_clock())
+            return self._intake.failed(run.job, error, run.deadline_s - self._clock())
         finally:
             if not run.task.done():
                 run.task.cancel()
@@ -357,7 +362,7 @@ class PrefillWorker:
 
     def _task_of(self, run: _Run) -> PrefillTask:
         job = run.job
-        left_s = job.deadline_unix_s - self._wall_clock()
+        left_s = run.deadline_s - self._clock()
         return PrefillTask(
             request_id=job.request_id,
             key=HandoffKey(job.handoff_token, job.attempt, run.deliveries[0].delivery),

@@ -66,8 +66,8 @@ class PrefillIntake:
     def running(self) -> int:
         return len(self._running)
 
-    def offer(self, job: PrefillJob, delivery: int, now_unix_s: float) -> Verdict:
-        """Taken jobs run until `ended`."""
+    def offer(self, job: PrefillJob, delivery: int, left_s: float) -> Verdict:
+        """Taken jobs run until `ended`. `left_s`: until its deadline."""
         key = (job.request_id, job.attempt)
         if self._cancelled.covers(*key):
             return Discard("cancelled")
@@ -75,7 +75,7 @@ class PrefillIntake:
             return Join()
         if self._done.get(job.request_id) == job.attempt:
             return AckAgain()
-        if job.deadline_unix_s <= now_unix_s:
+        if left_s <= 0:
             return Discard("its deadline has passed", "expired")
         if self.is_draining:
             return GiveBack("the worker stops", 0.0)
@@ -99,13 +99,13 @@ class PrefillIntake:
         if is_done:
             self._done.note(job.request_id, job.attempt)
 
-    def failed(self, job: PrefillJob, error: EngineError, now_unix_s: float) -> GiveBack | Leave | Discard:
+    def failed(self, job: PrefillJob, error: EngineError, left_s: float) -> GiveBack | Leave | Discard:
         """What becomes of a job that the engine could not do."""
         if self._cancelled.covers(job.request_id, job.attempt):
             return Discard("cancelled")
         if isinstance(error, BadTask):
             return Discard(str(error), "bad_job")
-        if job.deadline_unix_s <= now_unix_s:
+        if left_s <= 0:
             return Discard("its deadline has passed", "expired")
         if not isinstance(error, HandoffFailed):
             return GiveBack(str(error), RETRY_DELAY_S)

@@ -45,14 +45,14 @@ class JobOrder(Generic[Item]):
     def __len__(self) -> int:
         return self._count
 
-    def add(self, job: PrefillJob, item: Item) -> None:
-        """It waits from now on."""
+    def add(self, job: PrefillJob, item: Item, deadline_s: float) -> None:
+        """It waits from now on; `deadline_s` is of the worker's own clock."""
         flow = self._flows.setdefault((job.tenant, job.priority), _Flow(self._virtual))
         if not flow.jobs:
             flow.start = max(flow.start, self._virtual)
         self._numbers += 1
         self._count += 1
-        bisect.insort(flow.jobs, (job.deadline_unix_s, self._numbers, job, item), key=lambda entry: entry[:2])
+        bisect.insort(flow.jobs, (deadline_s, self._numbers, job, item), key=lambda entry: entry[:2])
 
     def pop(self) -> Item | None:
         """Who goes next; None: nobody waits."""

@@ -49,14 +49,6 @@ class Identity:
         return Identity(WorkerId(token("-".join(filter(None, parts)))), rng.getrandbits(63) or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """Where the time comes from."""
-
-    monotonic: Callable[[], float] = time.monotonic
-    wall: Callable[[], float] = time.time
-
-
 class Role(Protocol):
     """What `DecodeWorker` and `PrefillWorker` have in common."""
 
@@ -88,7 +80,7 @@ async def run_worker(
     identity: Identity | None = None,
     stop: asyncio.Event | None = None,
     on_ready: Callable[[WorkerCard], None] | None = None,
-    clocks: Clocks = Clocks(),
+    clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Serve until told to stop; the process's exit code: 0 stopped, 1 failed.
 
@@ -98,7 +90,7 @@ async def run_worker(
     identity = identity or Identity.new(config)
     stopping = Stop(stop)
     with stopping.on_signals() if stop is None else contextlib.nullcontext():
-        worker = Worker(config, identity, stopping, bus or NatsBus(config.nats, name=identity.worker_id), clocks)
+        worker = Worker(config, identity, stopping, bus or NatsBus(config.nats, name=identity.worker_id), clock)
         try:
             return await worker.run(engine, on_ready or print_ready)
         except (BusError, EngineError) as error:
@@ -133,12 +125,14 @@ def card_of(config: WorkerConfig, identity: Identity, info: EngineInfo) -> Worke
 class Worker:
     """One worker's parts, in the order they come up; `aclose` takes down whatever came up."""
 
-    def __init__(self, config: WorkerConfig, identity: Identity, stop: Stop, bus: Bus, clocks: Clocks) -> None:
+    def __init__(
+        self, config: WorkerConfig, identity: Identity, stop: Stop, bus: Bus, clock: Callable[[], float]
+    ) -> None:
         self._config = config
         self._identity = identity
         self._stop = stop
         self._bus = bus
-        self._clocks = clocks
+        self._clock = clock
         self._engine: Engine | None = None
         self._presence: Presence | None = None
         self._checkup: Checkup | None = None
@@ -226,8 +220,7 @@ class Worker:
                 engine,
                 handoff_timeout_s=config.handoff_timeout_s,
                 on_change=presence.changed,
-                clock=self._clocks.monotonic,
-                wall_clock=self._clocks.wall,
+                clock=self._clock,
             )
             presence.prefill_tokens_per_s = lambda: prefill.throughput.tokens_per_s
             presence.waiting = lambda: prefill.held
@@ -243,7 +236,7 @@ class Worker:
         while True:
             await asyncio.sleep(LOOK_S)
             load = engine.load()
-            if watchdog.look(load, self._clocks.monotonic()):
+            if watchdog.look(load, self._clock()):
                 presence.stuck()
                 engine.break_down(f"no step for {watchdog.stuck_s:.0f} s, though {load.due} requests wait for one")
                 await asyncio.Event().wait()

@@ -18,6 +18,7 @@ from hocket.router.view import ClusterView
 from hocket.transport.receiver import Receiver
 from hocket.workers.engines.sim.engine import SimEngine
 from hocket.workers.prefill import PrefillIntake, PrefillWorker, Take
+from hocket.workers.router_clocks import RouterClocks
 from hocket.workers.watchdog import Watchdog
 
 RUNS_MAX = 1000
@@ -96,6 +97,11 @@ def miss_a_hang(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Watchdog, "look", lambda self, load, now: False)
 
 
+def trust_another_hosts_clock(patch: pytest.MonkeyPatch) -> None:
+    """A deadline is compared with the clock of the host it came to."""
+    patch.setattr(RouterClocks, "deadline_s", lambda self, job, now: job.sent_s + job.time_left_s)
+
+
 PLANTS = (
     skip_the_fence,
     ack_early,
@@ -105,6 +111,7 @@ PLANTS = (
     trust_a_stale_heartbeat,
     lose_a_terminal_event,
     miss_a_hang,
+    trust_another_hosts_clock,
 )
 
 

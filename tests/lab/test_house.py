@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from hocket.bus.messages import SamplingParams
 from hocket.lab.clients import VOCABULARY, Request
@@ -16,13 +16,15 @@ from hocket.lab.members import Shape
 LONG = SamplingParams(max_tokens=30)
 
 
-def house_run(shape: Shape, story: Callable[[House], Awaitable[None]], seed: int = 1) -> House:
+def house_run(
+    shape: Shape, story: Callable[[House], Awaitable[None]], seed: int = 1, skews_s: Sequence[float] = ()
+) -> House:
     """Play a story in a pool; nothing may be left at its end."""
 
     async def main(loop: VirtualLoop) -> House:
         house = House(loop, random.Random(seed), shape, EventLog(loop.time))
         with house.logging():
-            await house.start()
+            await house.start(skews_s)
             await story(house)
             house.is_calm = True
             assert house.leaks() == []
@@ -214,3 +216,37 @@ def test_while_an_engine_stalls_new_requests_go_to_others():
         await asyncio.sleep(1.0)
 
     house_run(Shape(prefill=0, decode=2, policy="round_robin", hang_timeout_s=60.0), story)
+
+
+def test_prefill_workers_on_hosts_whose_clocks_are_an_hour_off_compute_prompts_as_others_do():
+    async def story(house: House) -> None:
+        requests = [request(number) for number in range(20)]
+        for one in requests:
+            one.timeout_s = 3.0
+            house.send(one)
+            await asyncio.sleep(0.1)
+        assert {tuple(await ended(one, 5.0)) for one in requests} == {("answered",)}
+        await asyncio.sleep(1.0)
+
+    house = house_run(Shape(prefill=2, slots=16, kv_blocks=200), story, skews_s=[1e5, 1e5 + 3600.0, 1e5 - 3600.0])
+    done = [line for line in house.log.lines if "deadline" in line or "prefill failed" in line]
+    assert done == []
+
+
+def test_a_job_that_is_too_late_is_dropped_whatever_its_workers_clock_shows():
+    async def story(house: House) -> None:
+        await asyncio.sleep(1.0)  # The workers have heard the router's clock.
+        requests = [request(number, prompt_tokens=100) for number in range(8)]
+        for one in requests:
+            one.timeout_s = 3.0
+            house.send(one)
+        await asyncio.sleep(0.2)
+        house.routers[0].process.pause()  # It cannot cancel them.
+        await asyncio.sleep(6.0)
+        house.routers[0].process.resume()
+        await asyncio.sleep(5.0)
+        assert "timeout" in {how for one in requests for how in one.ends}
+
+    shape = Shape(prefill_slots=1, prefill_ms_per_token=10.0, chunk_tokens=200, kv_blocks=200, slots=8)
+    house = house_run(shape, story, skews_s=[1e5, 1e5 + 3600.0])
+    assert any("refused a job: its deadline has passed" in line for line in house.log.lines)

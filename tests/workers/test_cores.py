@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import math
 
 import msgspec
 import pytest
@@ -27,6 +28,7 @@ from hocket.workers.attempts import RecentAttempts
 from hocket.workers.engines.base import BadTask, HandoffFailed
 from hocket.workers.kv_ledger import KvLedger
 from hocket.workers.prefill_intake import AckAgain, Discard, GiveBack, Join, Leave, PrefillIntake, Take
+from hocket.workers.router_clocks import ROUTERS_MAX, RouterClocks
 from hocket.workers.throughput import Throughput
 
 CARD = WorkerCard(
@@ -169,7 +171,6 @@ def test_the_way_of_a_job_and_of_its_second_delivery():
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"deadline_unix_s": 50.0}, Discard),
         ({"token_ids": b""}, Discard),
         ({"token_ids": b"12345"}, Discard),
         ({"fingerprint": "g"}, GiveBack),
@@ -180,6 +181,10 @@ def test_what_is_not_taken(changes: dict[str, object], kind: type):
     intake = PrefillIntake(CARD)
     assert isinstance(intake.offer(prefill_job(**changes), 1, 50.0), kind)
     assert intake.running == 0
+
+
+def test_a_job_whose_deadline_has_passed_is_dropped():
+    assert PrefillIntake(CARD).offer(prefill_job(), 1, 0.0) == Discard("its deadline has passed", "expired")
 
 
 def test_a_cancelled_job_is_not_taken_and_a_running_one_is_named():
@@ -207,7 +212,7 @@ def test_what_becomes_of_a_job_that_failed(error: HandoffFailed | BadTask, kind:
     verdict = PrefillIntake(CARD).failed(prefill_job(), error, 50.0)
     assert isinstance(verdict, kind)
     assert getattr(verdict, "reason", "") == reason
-    late = PrefillIntake(CARD).failed(prefill_job(), error, 100.0)
+    late = PrefillIntake(CARD).failed(prefill_job(), error, 0.0)
     assert isinstance(late, Discard)
     assert late.reason == ("bad_job" if isinstance(error, BadTask) else "expired")
 
@@ -238,3 +243,50 @@ def test_throughput_counts_busy_time_only():
     throughput.begin(100.0)
     throughput.end(101.0, 100)
     assert 90 < throughput.tokens_per_s < 110
+
+
+# Clocks.
+
+
+def job_sent(sent_s: float, time_left_s: float = 10.0) -> PrefillJob:
+    return prefill_job(sent_s=sent_s, time_left_s=time_left_s)
+
+
+def test_a_deadline_means_the_same_on_clocks_that_are_hours_apart():
+    clocks = RouterClocks()
+    for tick in range(20):
+        clocks.heard(RouterId("router-1"), 5000.0 + tick / 2, 91_400.0 + tick / 2 + (0.2, 0.01, 0.7)[tick % 3])
+    assert clocks.deadline_s(job_sent(5010.0), 91_412.0) == pytest.approx(91_420.01)
+
+
+def test_without_a_word_of_its_router_a_job_has_its_time_from_when_it_came():
+    clocks = RouterClocks()
+    clocks.heard(RouterId("router-2"), 5000.0, 70.0)
+    clocks.heard(RouterId("router-1"), 0.0, 70.0)  # One that tells no time.
+    assert clocks.deadline_s(job_sent(5010.0), 80.0) == 90.0
+    assert clocks.deadline_s(prefill_job(), 80.0) == math.inf
+
+
+def test_what_was_heard_late_makes_no_deadline_earlier_nor_later_than_from_now():
+    clocks = RouterClocks()
+    clocks.heard(RouterId("router-1"), 5000.0, 500.0)  # 100 s late.
+    assert clocks.deadline_s(job_sent(5000.0), 401.0) == 411.0
+    clocks.heard(RouterId("router-1"), 5100.0, 500.0)
+    assert clocks.deadline_s(job_sent(5000.0), 401.0) == 410.0
+
+
+def test_a_host_that_was_suspended_has_another_distance_soon():
+    clocks = RouterClocks()
+    for tick in range(10):
+        clocks.heard(RouterId("router-1"), 5000.0 + tick, 1000.0 + tick)
+    for tick in range(10):  # Its clock stood still for an hour.
+        clocks.heard(RouterId("router-1"), 5010.0 + tick, 4610.0 + tick)
+    assert clocks.deadline_s(job_sent(5020.0), 4620.0) == 4630.0
+
+
+def test_clocks_of_routers_that_are_gone_are_forgotten():
+    clocks = RouterClocks()
+    clocks.heard(RouterId("router-1"), 5000.0, 500.0)
+    for number in range(ROUTERS_MAX):
+        clocks.heard(RouterId(f"other-{number}"), 1.0, 2.0)
+    assert clocks.deadline_s(job_sent(4999.0), 500.0) == 510.0

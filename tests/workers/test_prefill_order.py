@@ -22,7 +22,7 @@ def job(
 def order_of(jobs: list[PrefillJob]) -> list[PrefillJob]:
     order: JobOrder[PrefillJob] = JobOrder()
     for one in jobs:
-        order.add(one, one)
+        order.add(one, one, one.deadline_unix_s)
     out: list[PrefillJob] = []
     while (one := order.pop()) is not None:
         out.append(one)
@@ -62,7 +62,7 @@ def test_tenants_that_always_wait_get_tokens_by_their_weight(shares: list[int], 
     for number, size in enumerate(sizes):
         for tenant, share in enumerate(shares):
             one = job(str(tenant), tokens=size, share=share, deadline=number)
-            order.add(one, one)
+            order.add(one, one, one.deadline_unix_s)
     while all(any(item.tenant == str(tenant) for item in order.items()) for tenant in range(len(shares))):
         one = order.pop()
         assert one is not None
@@ -80,14 +80,14 @@ def test_a_flood_does_not_keep_another_tenant_waiting(flood: int, priority: int)
     late = job("late", tokens=100)
     for _ in range(flood):
         one = job("flood", tokens=100, priority=priority)
-        order.add(one, one)
+        order.add(one, one, one.deadline_unix_s)
     order.pop()
-    order.add(late, late)
+    order.add(late, late, late.deadline_unix_s)
     before = 0
     while order.pop() is not late:
         before += 1
         more = job("flood", tokens=100, priority=priority)
-        order.add(more, more)
+        order.add(more, more, more.deadline_unix_s)
     assert before <= max(1.0, 2.0**priority) + 1
 
 
@@ -95,12 +95,12 @@ def test_who_was_away_has_saved_nothing_up():
     order: JobOrder[PrefillJob] = JobOrder()
     for _ in range(50):
         one = job("busy")
-        order.add(one, one)
+        order.add(one, one, one.deadline_unix_s)
     for _ in range(20):
         order.pop()
     for _ in range(5):
         one = job("back")
-        order.add(one, one)
+        order.add(one, one, one.deadline_unix_s)
     first = [order.pop() for _ in range(10)]
     assert sum(one is not None and one.tenant == "back" for one in first) in (5, 4)
 
@@ -108,11 +108,11 @@ def test_who_was_away_has_saved_nothing_up():
 def test_what_is_taken_out_costs_its_tenant_nothing():
     order: JobOrder[PrefillJob] = JobOrder()
     a, b = job("a", tokens=1000), job("b")
-    order.add(a, a)
-    order.add(b, b)
+    order.add(a, a, a.deadline_unix_s)
+    order.add(b, b, b.deadline_unix_s)
     assert order.take_out(lambda one: one is a) == [a]
     assert len(order) == 1
-    order.add(a, a)
+    order.add(a, a, a.deadline_unix_s)
     assert {order.pop() is a, order.pop() is a} == {True, False}
     assert order.pop() is None
 

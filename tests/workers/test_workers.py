@@ -279,7 +279,7 @@ async def test_jobs_that_nobody_can_do_are_removed_and_told(cluster: Cluster):
     decode_card = await cluster.pair(max_model_len=64)
     router = cluster.router
     expired = router.job(decode_card, prompt_of(5, 1), GREEDY, token=os.urandom(16))
-    await router.publish(router.prefill_job(decode_card, expired, deadline_unix_s=1.0))
+    await router.publish(router.prefill_job(decode_card, expired, time_left_s=-1.0))
     too_long = router.job(decode_card, prompt_of(100, 1), GREEDY, token=os.urandom(16))
     await router.publish(router.prefill_job(decode_card, too_long))
     async with asyncio.timeout(5):
