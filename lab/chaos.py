@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..bus.messages import SamplingParams
-from .clients import VOCABULARY, Request
+from .clients import POISON, VOCABULARY, Request
 from .house import House
 from .log import EventLog
 from .loop import Deadlock, VirtualLoop, run
@@ -27,8 +27,21 @@ POLICIES = (
     *("prefix_affinity", "session_affinity", "lmetric", "mix"),
 )
 HOW_REQUESTS_END = frozenset(
-    ("answered", "left", "router_lost", "no_router", "no_worker", "overloaded", "decode_worker_lost", "tokens_lost")
+    (
+        *(
+            "answered",
+            "left",
+            "router_lost",
+            "no_router",
+            "no_worker",
+            "overloaded",
+            "decode_worker_lost",
+            "tokens_lost",
+        ),
+        "quarantined",  # Workers that died twice around it, of whatever: a router cannot know.
+    )
 )
+POISONED_MAX = 3  # workers that one request may kill
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,9 @@ def _requests(rng: random.Random) -> list[Request]:
         leaves_s = rng.uniform(0.0, 2.0) if rng.random() < 0.1 else None
         timeout_s = rng.uniform(1.0, 8.0) if rng.random() < 0.15 else None
         requests.append(Request(number, prompt, sampling, rng.uniform(1.0, FAULTS_S[1]), leaves_s, timeout_s))
+    if rng.random() < 0.1:
+        poison = requests[0]
+        poison.prompt[-1], poison.arrival_s = POISON, rng.uniform(1.0, 6.0)
     return requests
 
 
@@ -387,21 +403,27 @@ async def _prove_alive(house: House, plan: Plan) -> None:
     end_s = house.loop.time() + LIVENESS_S
     rng = random.Random(plan.seed)
     for number in range(1000, 1003):
-        prompt = rng.choices(VOCABULARY, k=40)
         ends = ["overloaded"]
         while house.loop.time() < end_s:
+            prompt = rng.choices(VOCABULARY, k=40)
             hides_hung = any(worker.is_hung for worker in house.live_workers)
             proof = Request(number, prompt, SamplingParams(max_tokens=4), house.loop.time())
             house.send(proof)
             await _ended(house, [proof], end_s)
             ends = proof.ends
-            if ends != ["overloaded"] and not (hides_hung and ends in (["no_worker"], ["decode_worker_lost"])):
+            if ends != ["overloaded"] and not (
+                hides_hung and ends in (["no_worker"], ["decode_worker_lost"], ["quarantined"])
+            ):
                 break
         if ends != ["answered"]:
             house.violate(f"request {number} came after the faults and was not answered: {ends}")
     # A lost word from a prefill worker costs a hand-off's timeout, and who waits for the slot behind it waits as long.
     in_time_s = FAULTS_S[1] + LIVENESS_S + 2 * plan.shape.handoff_timeout_s
     await _ended(house, plan.requests, max(in_time_s, house.loop.time()))
+    for killed in house.poisoned.values():
+        # A queue that waits for less time than a death takes to be noticed gives the job to more workers meanwhile.
+        if killed > POISONED_MAX + (plan.shape.max_deliver if plan.shape.ack_wait_s < 3.0 else 0):
+            house.violate(f"{killed} workers died of one prompt")
     for request in plan.requests:
         if not request.ends or request.ended_s > in_time_s:
             house.violate(f"request {request.number} has not ended by {in_time_s} s")

@@ -20,6 +20,8 @@ from ..router.text.detokenize import TableDetokenizer, TokenTable
 from ..workers.engines.sim.kv import expected_tokens
 
 VOCABULARY = range(1000)
+POISON = len(VOCABULARY)
+"""A token that kills every engine that takes a prompt with it; nobody makes it."""
 LAYERS = 2
 MODEL = "sim"
 
@@ -37,6 +39,10 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)  # exactly one, at last
     ended_s: float = 0.0
+
+    @property
+    def is_poison(self) -> bool:
+        return POISON in self.prompt
 
     @cached_property
     def right_answer(self) -> list[int]:

@@ -43,6 +43,7 @@ class House:
         self.workers: list[WorkerMember] = []  # every incarnation
         self.routers: list[RouterMember] = []
         self.deadlines: dict[str, float] = {}  # of requests, on the loop's clock
+        self.poisoned: dict[tuple[int, ...], int] = {}  # workers that died of a prompt
         self.is_calm = False  # no fault is at work any more
         self.is_stopping = False
         self.broker.store.on_ack = self._on_ack

@@ -6,6 +6,7 @@ import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,11 @@ from ..transport.mover import DirectMover, Mover
 from ..transport.movers import mover_for
 from ..transport.pool import HostKvPool
 from ..workers.config import WorkerConfig
-from ..workers.engines.base import EngineLoad
+from ..workers.engines.base import DecodeTask, EngineLoad, PrefillOutcome, PrefillTask, StepOutput
 from ..workers.engines.sim.engine import SimEngine
 from ..workers.worker import Identity, run_worker
 from .bus import LabBus
-from .clients import LAYERS, MODEL, VOCABULARY, Request, ask, token_table
+from .clients import LAYERS, MODEL, POISON, VOCABULARY, Request, ask, token_table
 from .link import LabTransport
 from .loop import Process
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .house import House
 
 RESTART_S = 1.0  # a supervisor's back-off
+POISON_S = 0.01  # from the bite to the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,22 @@ class _Endpoint(HandoffEndpoint):
 
 
 class _Engine(SimEngine):
-    """Tells who gives it up."""
+    """Tells who gives it up, and what it swallows."""
 
     on_break_down: Callable[[str], None]
+    on_poison: Callable[[list[int]], None]
+
+    async def prefill(self, task: PrefillTask) -> PrefillOutcome:
+        """As every simulator, or its last task."""
+        if POISON in task.token_ids:
+            self.on_poison(task.token_ids)
+        return await super().prefill(task)
+
+    async def decode(self, task: DecodeTask, on_step: Callable[[StepOutput], None]) -> None:
+        """As every simulator, or its last task."""
+        if POISON in task.token_ids and task.handoff_token is None:
+            self.on_poison(task.token_ids)
+        await super().decode(task, on_step)
 
     def break_down(self, why: str) -> None:
         """As every simulator."""
@@ -168,6 +183,7 @@ class WorkerMember(Member):
             ),
         )
         self.engine.on_break_down = self._on_break_down
+        self.engine.on_poison = self._on_poison
         house.by_process[self.process] = self
         layers = [self.engine.kv.pools[0].buffers([Extent(n, tuple(range(shape.kv_blocks)))])[0] for n in range(LAYERS)]
         self._layers = [(address_of(layer), layer.nbytes) for layer in layers]
@@ -218,6 +234,16 @@ class WorkerMember(Member):
         self.house.log.add(self.name, "lost its engine")
         self.was_harmed = True
         self.process.call_soon(self.engine.break_down, "it was broken")
+
+    def _on_poison(self, token_ids: list[int]) -> None:
+        # From outside: what a dead process has planned does not happen.
+        self.house.loop.call_later(POISON_S, self._die, tuple(token_ids), context=Context())
+
+    def _die(self, token_ids: tuple[int, ...]) -> None:
+        if self.is_alive:
+            self.house.poisoned[token_ids] = self.house.poisoned.get(token_ids, 0) + 1
+            self.kill()
+            self.house.restart(self)
 
     def _on_break_down(self, why: str) -> None:
         if not self.was_harmed:

@@ -8,7 +8,7 @@ from .chooser import Chosen
 from .generation import Started
 from .policies.base import Outcome
 from .receipts import Record
-from .request import RequestMachine
+from .request import Pick, RequestMachine
 
 
 class Live:
@@ -21,6 +21,7 @@ class Live:
         "first_token_s",
         "machine",
         "outcome",
+        "parked",
         "published_s",
         "record",
         "started",
@@ -38,5 +39,6 @@ class Live:
         self.first_token_s: float | None = None
         self.cached_tokens: int | None = None  # that the decode engine reported
         self.outcome: Outcome | None = None
+        self.parked: Pick | None = None  # until it is its turn
         self.record: Record | None = None  # for its receipt
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..bus.ids import HandoffToken, WorkerId
+from .blame import Verdict, quarantined
 from .generation import Failure, Generation, NoWorker, Overloaded, Rejected, RouterError
 from .policies.base import Plan
 
 ATTEMPTS_MAX = 6
 """Admissions tried for one request; a worker that refused it is not asked again, so this bounds large pools only."""
-LOSSES_MAX = 2
-"""Workers that may die with the same request before it is given up: it may be what kills them."""
 
 
 class Phase(Enum):
@@ -157,6 +156,7 @@ class RequestMachine:
         "_attempt_ranks",
         "_attempt_token",
         "_excluded",
+        "_had_by",
         "_is_prefill_open",
         "_is_reported",
         "_lane",
@@ -189,6 +189,7 @@ class RequestMachine:
         self._is_reported = False
         self._losses = 0
         self._excluded: set[WorkerId] = set()
+        self._had_by: set[WorkerId] = set()  # workers of any attempt that may have begun it and did not give it back
         self._refusals: list[float] = []  # each refused worker's retry_after_s
         # The prefill job of this attempt.
         self._is_prefill_open = False
@@ -213,6 +214,7 @@ class RequestMachine:
         self.attempt += 1
         self.worker, self.plan, self._why = worker, plan, why
         self.prefilled_by = None
+        self._had_by.add(worker)
         self._attempt_token = token if plan == "remote" else None
         self._attempt_ranks = prefill_ranks
         self._lane = lane
@@ -245,6 +247,7 @@ class RequestMachine:
         if attempt != self.attempt or self.phase is not Phase.ADMITTING or self.worker is None:
             return []
         released = Release(self.worker)
+        self._had_by.discard(self.worker)
         if reason in ("too_long", "bad_job"):
             return [released, *self._give_up(Rejected(detail or reason), reason)]
         if reason == "busy":
@@ -281,6 +284,7 @@ class RequestMachine:
         """A prefill worker computes the job now."""
         if attempt == self.attempt and self._is_prefill_open:
             self._prefill_worker = self.prefilled_by = worker
+            self._had_by.add(worker)
             self._ack_subject = ack_subject
         return []
 
@@ -288,11 +292,14 @@ class RequestMachine:
         """The prefill worker that had the job gave it back to the queue."""
         if attempt == self.attempt and worker == self._prefill_worker:
             self._prefill_worker, self._ack_subject = None, ""
+        self._had_by.discard(worker)
         return []
 
     def prefill_done(self, attempt: int) -> list[Instruction]:
         """The KV has landed and the job is gone."""
         if attempt == self.attempt:
+            if self._prefill_worker is not None:
+                self._had_by.discard(self._prefill_worker)
             self._close_prefill()
         return []
 
@@ -321,18 +328,36 @@ class RequestMachine:
 
     # ---- workers
 
-    def worker_lost(self, worker: WorkerId, nak_delay_s: float = 0.0) -> list[Instruction]:
+    @property
+    def claimed_by(self) -> WorkerId | None:
+        """The prefill worker that has the job of this attempt, as far as we know."""
+        return self._prefill_worker
+
+    def was_on(self, worker: WorkerId) -> bool:
+        """Whether the worker may have died of it; a death may be noticed when the next attempt has begun."""
+        return worker in self._had_by
+
+    def worker_lost(
+        self, worker: WorkerId, nak_delay_s: float = 0.0, verdict: Verdict = Verdict.AGAIN
+    ) -> list[Instruction]:
         """A worker died or left. `nak_delay_s`: so long the queue may still give jobs to it (it hangs with open pulls)."""
         if self.phase is Phase.ENDED:
             return []
-        instructions: list[Instruction] = []
-        if worker == self._prefill_worker and self._is_prefill_open:
+        self._had_by.discard(worker)
+        if verdict is Verdict.GUILTY and not self.has_token:
+            return self.failed(quarantined())
+        if self.worker is None:
+            return []
+        if worker == self.worker:
+            return self._decode_lost()
+        is_claimed = worker == self._prefill_worker and self._is_prefill_open
+        if is_claimed:
             self._prefill_worker = None
-            if self._ack_subject:
-                instructions.append(NakJob(self._ack_subject, nak_delay_s))
-        if worker == self.worker and self.phase is not Phase.PICKING:
-            instructions += self._decode_lost()
-        return instructions
+        if verdict is Verdict.ALONE and not self.has_token:
+            # Not by the queue, which would give it to the next worker at once.
+            dropped = [CancelAttempts(self.attempt), Release(self.worker), *self._drop_job()]
+            return dropped + self._pick_again(is_refused=False)
+        return [NakJob(self._ack_subject, nak_delay_s)] if is_claimed and self._ack_subject else []
 
     # ---- tokens and ends
 
@@ -367,10 +392,11 @@ class RequestMachine:
         self._is_reported = True
         return [ReportStarted(self.worker, self.plan, self._why)]
 
-    def _pick_again(self) -> list[Instruction]:
+    def _pick_again(self, *, is_refused: bool = True) -> list[Instruction]:
         assert self.worker is not None
         self.phase = Phase.PICKING
-        self._excluded.add(self.worker)
+        if is_refused:
+            self._excluded.add(self.worker)
         self.worker = None
         if self.attempt + 1 >= ATTEMPTS_MAX:
             return self.nothing_to_pick()
@@ -389,7 +415,7 @@ class RequestMachine:
         lost = self.worker
         self._losses += 1
         instructions: list[Instruction] = [CancelAttempts(self.attempt), Release(lost), *self._drop_job()]
-        if self.has_token or self._losses > LOSSES_MAX:
+        if self.has_token:
             failure = Failure(
                 "decode_worker_lost", f"the decode worker {lost} was lost while it answered", is_retryable=True
             )

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from ..bus import subjects
 from ..bus.base import Bus, Delivery
 from ..bus.ids import HandoffToken, RequestId, RouterId, WorkerId
-from ..bus.jobs_pull import PULL_EXPIRES_S
 from ..bus.messages import (
     FINISH_ERROR,
     Cancel,
@@ -37,6 +36,7 @@ from .dispatch import Dispatch
 from .gate import Gate
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams
 from .live import Live
+from .losses import WorkerLosses
 from .membership import Membership
 from .metrics import RouterMetrics
 from .policies.base import Policy
@@ -62,7 +62,7 @@ from .request import (
     RequestMachine,
 )
 from .sharing import LoadSharing
-from .view import ClusterView, Member
+from .view import ClusterView
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +97,11 @@ class Router:
         self._tasks: asyncio.TaskGroup | None = None
         self._is_stopping = False
         self._unsent_cancels: deque[bytes] = deque(maxlen=config.streams_max)  # while there is no connection
+        view = ClusterView(suspect_s=config.suspect_s, dead_s=config.dead_s)
+        self._losses = WorkerLosses(self._live, view, self._now, clock=clock)
         self.membership = Membership(
-            bus,
-            config.pool,
-            ClusterView(suspect_s=config.suspect_s, dead_s=config.dead_s),
-            metrics=metrics,
-            clock=clock,
-            on_lost=self._on_worker_lost,
-        )
+            bus, config.pool, view, metrics=metrics, clock=clock, on_lost=self._losses.on_lost
+        )  # fmt: skip
         self._wall_clock = wall_clock
         self.receipts = Receipts(router_id, bytes_max=config.receipts_bytes_max)
         self.control = Control(
@@ -112,17 +109,14 @@ class Router:
             install=self._install_policies, metrics=metrics, clock=clock,
         )  # fmt: skip
         self.chooser = Chooser(
-            self.membership.view,
+            view,
             self.membership.index,
             self.control.policies,
             local_prefill_tokens_max=config.local_prefill_tokens_max,
             rng=self._rng,
         )
-        self.sharing = LoadSharing(
-            bus, config.pool, router_id, self.membership.view, lane_wait_s=config.lane_wait_s, clock=clock
-        )
+        self.sharing = LoadSharing(bus, config.pool, router_id, view, lane_wait_s=config.lane_wait_s, clock=clock)
         self.chooser.waiting_elsewhere = self.sharing.waiting_elsewhere
-        view = self.membership.view
         self.gate = Gate(config.admission_limits(), view, self.sharing, metrics, clock=clock)
         self._dispatch = Dispatch(
             bus, config.pool, router_id, self.membership, metrics,
@@ -175,7 +169,9 @@ class Router:
         if self._is_stopping or len(self._live) >= self._config.streams_max:
             reason = "the router is stopping" if self._is_stopping else f"{len(self._live)} requests are in flight"
             raise Overloaded(reason, retry_after_s=1.0)
+        self._losses.check(generation)
         self.gate.enter(generation, stream_id)
+        self._losses.enter(stream_id, generation)
         log.debug("began a request", extra={"request_id": generation.request_id})
         live = Live(RequestMachine(generation), stream_id, self._clock())
         live.record = self.receipts.begin(generation, live.started_s, self._wall_clock())
@@ -221,6 +217,7 @@ class Router:
         if live := self._live.get(stream_id):
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
+            self._losses.made_token(stream_id)
             self.gate.computed(stream_id)
             live.cached_tokens = detail.cached_tokens if detail else None
             if live.chosen is not None:
@@ -256,6 +253,8 @@ class Router:
             self._repair.acknowledge(machine.worker, stream_id, machine.attempt)
         self._metrics.generation_tokens.inc(output_tokens)
         self._observe(live, output_tokens)
+        if finish != FINISH_ERROR:
+            self._losses.ended_well(stream_id)
         self._now(live, machine.ended())
         self._count_end(live, "error" if finish == FINISH_ERROR else "finished")
 
@@ -264,6 +263,7 @@ class Router:
         if live := self._live.get(stream_id):
             self._metrics.generation_tokens.inc(output_tokens)
             self._observe(live, output_tokens)
+            self._losses.ended_well(stream_id)
             self._now(live, live.machine.abandoned())
             self._count_end(live, "finished")
 
@@ -295,6 +295,7 @@ class Router:
             return
         match message:
             case PrefillClaimed():
+                self._doubt_claimer(live, message.attempt, now_with=message.worker_id)
                 if live.chosen is not None and message.attempt == live.machine.attempt:
                     self.chooser.claimed(live.chosen, message.worker_id, self._clock())
                 self._now(live, live.machine.claimed(message.attempt, message.worker_id, message.ack_subject))
@@ -303,27 +304,24 @@ class Router:
             case PrefillDone():
                 self._now(live, live.machine.prefill_done(message.attempt))
             case PrefillFailed():
+                if message.reason == "exhausted":
+                    self._doubt_claimer(live, message.attempt)
                 log.warning(
                     "prefill failed: %s %s", message.reason, message.detail, extra={"request_id": message.request_id}
                 )
                 self._now(live, live.machine.prefill_failed(message.attempt))
+
+    def _doubt_claimer(self, live: Live, attempt: int, *, now_with: WorkerId | None = None) -> None:
+        """The queue has its job back without a word from who had it: a dead worker is to be known before more die."""
+        claimer = live.machine.claimed_by
+        if claimer is not None and claimer != now_with and attempt == live.machine.attempt:
+            self.membership.doubt(claimer)
 
     def _on_exhausted(self, payload: bytes) -> None:
         job = decode(payload)
         if isinstance(job, PrefillJob):
             message = PrefillFailed(job.request_id, job.attempt, "exhausted", "delivered in vain as often as allowed")
             self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
-
-    def _on_worker_lost(self, member: Member, is_silent: bool) -> None:
-        """A worker that only hangs has open pulls: what the queue gave it since it was heard last may never be claimed."""
-        can_prefill = bool(self.membership.view.members("prefill"))
-        hangs = is_silent and member.card.role == "prefill"
-        for live in list(self._live.values()):
-            heard_s = member.seen_s - PULL_EXPIRES_S
-            may_be_swallowed = hangs and live.machine.is_unclaimed and live.published_s > heard_s
-            self._now(live, live.machine.worker_lost(member.card.worker_id, PULL_EXPIRES_S if is_silent else 0.0))
-            if not can_prefill or may_be_swallowed:
-                self._now(live, live.machine.prefill_gone())
 
     async def _watch_deadlines(self) -> None:
         while True:
@@ -361,8 +359,9 @@ class Router:
         todo = deque(instructions)
         while todo:
             match todo.popleft():
-                case Pick(exclude=exclude):
-                    todo.extend(self._pick(live, exclude))
+                case Pick() as pick:
+                    if not self._losses.must_wait(live, pick):
+                        todo.extend(self._pick(live, pick.exclude))
                 case AskDecode() as ask:
                     todo.extend(await self._dispatch.ask_decode(machine, live.stream_id, ask))
                 case PublishPrefill() as publish:
@@ -412,6 +411,7 @@ class Router:
             case Forget():
                 self._live.pop(live.stream_id, None)
                 self.gate.leave(live.stream_id)
+                self._losses.left(live.stream_id)
                 self._by_request.pop(live.machine.generation.request_id, None)
                 self._metrics.running.set(len(self._live))
 

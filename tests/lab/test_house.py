@@ -6,12 +6,14 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
+import pytest
+
 from hocket.bus.messages import SamplingParams
-from hocket.lab.clients import VOCABULARY, Request
+from hocket.lab.clients import POISON, VOCABULARY, Request
 from hocket.lab.house import House
 from hocket.lab.log import EventLog
 from hocket.lab.loop import VirtualLoop, run
-from hocket.lab.members import Shape
+from hocket.lab.members import Shape, WorkerMember
 
 LONG = SamplingParams(max_tokens=30)
 
@@ -250,3 +252,71 @@ def test_a_job_that_is_too_late_is_dropped_whatever_its_workers_clock_shows():
     shape = Shape(prefill_slots=1, prefill_ms_per_token=10.0, chunk_tokens=200, kv_blocks=200, slots=8)
     house = house_run(shape, story, skews_s=[1e5, 1e5 + 3600.0])
     assert any("refused a job: its deadline has passed" in line for line in house.log.lines)
+
+
+def poison(number: int, prompt_tokens: int = 40) -> Request:
+    one = request(number, prompt_tokens)
+    one.prompt[prompt_tokens // 2] = POISON
+    return one
+
+
+@pytest.mark.parametrize("prefill", [0, 2])
+def test_a_request_that_kills_two_workers_is_refused_and_the_others_are_answered(prefill: int):
+    async def story(house: House) -> None:
+        house.send(bad := poison(1))
+        await asyncio.sleep(0.005)
+        requests = [request(number, 20) for number in range(10, 16)]
+        for one in requests:
+            house.send(one)
+        assert await ended(bad, 30.0) == ["quarantined"]
+        assert {tuple(await ended(one, 10.0)) for one in requests} == {("answered",)}
+        [killed] = house.poisoned.values()
+        assert killed <= 3
+        before = house.loop.time()
+        house.send(again := poison(1))
+        assert await ended(again, 10.0) == ["quarantined"]
+        assert house.loop.time() - before < 0.1
+        await asyncio.sleep(5.0)
+        assert sum(house.poisoned.values()) == killed
+
+    house_run(Shape(prefill=prefill, decode=3, slots=8, kv_blocks=200), story)
+
+
+def test_a_poison_alone_costs_two_workers():
+    async def story(house: House) -> None:
+        house.send(bad := poison(1))
+        assert await ended(bad, 20.0) == ["quarantined"]
+        assert sum(house.poisoned.values()) == 2
+        await asyncio.sleep(5.0)
+
+    house_run(Shape(prefill=0, decode=3), story)
+    house_run(Shape(prefill=3), story)
+
+
+def test_many_that_died_together_twice_are_tried_one_by_one():
+    async def story(house: House) -> None:
+        requests = [request(number, 100, SamplingParams(max_tokens=3)) for number in range(4)]
+        for one in requests:
+            house.send(one)
+        for number in (1, 2):  # Two workers die with all of them on board, before any has a token.
+            await asyncio.sleep(1.0)
+            [victim] = [worker for worker in house.live_workers if worker.engine.load().running == 4]
+            survivor = house.start_worker("decode", number)
+            await asyncio.sleep(0.5)
+            victim.kill()
+            await running_on(survivor, 4 if number == 1 else 1)
+        while not all(one.ends for one in requests):
+            assert (
+                survivor.engine.load().running + survivor.engine.load().waiting <= 2
+            )  # The second may still make tokens.
+            await asyncio.sleep(0.25)
+        assert {tuple(one.ends) for one in requests} == {("answered",)}
+        await asyncio.sleep(3.0)
+
+    house_run(Shape(prefill=0, slots=8, kv_blocks=200, prefill_ms_per_token=20.0), story)
+
+
+async def running_on(worker: WorkerMember, requests: int) -> None:
+    async with asyncio.timeout(5.0):
+        while worker.engine.load().running != requests:
+            await asyncio.sleep(0.01)

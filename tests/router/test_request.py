@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from hocket.bus.ids import HandoffToken, RequestId, WorkerId
 from hocket.bus.messages import SamplingParams
+from hocket.router.blame import Verdict
 from hocket.router.generation import Failure, Generation, NoWorker, Overloaded, Rejected
 from hocket.router.request import (
-    LOSSES_MAX,
+    ATTEMPTS_MAX,
     AskDecode,
     Assign,
     CancelAttempts,
@@ -158,7 +159,7 @@ def test_a_decode_worker_lost_after_the_first_token_ends_the_stream_with_one_err
 def test_a_request_that_loses_worker_after_worker_is_given_up():
     request = machine()
     todo = request.begin()
-    for loss in range(LOSSES_MAX + 1):
+    for loss in range(ATTEMPTS_MAX):
         assert Pick in kinds(todo)
         worker = WorkerId(f"decode-{loss}")
         request.picked(worker, "local", "", TOKEN)
@@ -166,6 +167,25 @@ def test_a_request_that_loses_worker_after_worker_is_given_up():
         todo = request.worker_lost(worker)
     assert FailStream in kinds(todo)
     assert request.phase is Phase.ENDED
+
+
+def test_a_request_that_is_guilty_of_its_workers_death_ends():
+    request = running_remotely()
+    instructions = request.worker_lost(D1, verdict=Verdict.GUILTY)
+    assert kinds(instructions) == [FailStream, CancelAttempts, DeleteJob, Release, Forget]
+    [failure] = [i.failure for i in instructions if isinstance(i, FailStream)]
+    assert (failure.code, failure.status, failure.is_retryable) == ("quarantined", 422, False)
+
+
+def test_a_job_whose_request_has_to_go_alone_is_not_given_to_the_next_prefill_worker():
+    request = running_remotely()
+    request.claimed(0, P1, "ack.subject")
+    assert request.worker_lost(P1, verdict=Verdict.ALONE) == [
+        CancelAttempts(0),
+        Release(D1),
+        DeleteJob(7),
+        Pick(frozenset()),
+    ]
 
 
 def test_a_client_that_leaves_frees_everything():
