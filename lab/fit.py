@@ -70,8 +70,14 @@ def fit(steps: Sequence[Step]) -> Fit:
         raise FitError(f"{len(steps)} steps are too few, {STEPS_MIN} are needed")
     seconds = np.array([step.seconds for step in steps])
     loads = np.array(
-        [[1, s.prefill_tokens, s.prefill_pairs, s.decode_requests, s.decode_kv_tokens] for s in steps], dtype=float
+        [
+            [1, s.prefill_tokens, s.prefill_pairs, s.decode_requests, s.decode_kv_tokens, s.decode_requests > 0]
+            for s in steps
+        ],
+        dtype=float,
     )
+    if loads[:, 5].all():  # Then it is a part of every step.
+        loads = loads[:, :5]
     if not loads[:, 1].any() or not loads[:, 3].any():
         raise FitError("the log has no step with prompt tokens, or none with decoding requests")
     solution = _not_negative(loads / seconds[:, None], np.ones(len(steps)))

@@ -65,6 +65,7 @@ class Shape:
     is_direct: bool = True  # links write into the blocks themselves, not into staging memory
     max_deliver: int = 4
     hang_timeout_s: float = 2.0  # longer than any step of the shape
+    step_log: str = ""
 
     def router_config(self, nats: str = "") -> RouterConfig:
         """Of each router."""
@@ -91,6 +92,7 @@ class Shape:
             chunk_tokens=self.chunk_tokens,
             handoff_timeout_s=self.handoff_timeout_s,
             hang_timeout_s=self.hang_timeout_s,
+            step_log=self.step_log,
             sim_layers=LAYERS,
             sim_vocab=len(VOCABULARY),
             sim_itl_ms=self.itl_ms,

@@ -58,4 +58,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int, Meta(description="sim: token ids 0..n-1 it makes when the model has no tokenizer", ge=2)
     ] = 32000
     metrics_port: Annotated[int, Meta(description="port of /metrics, 0: none", ge=0, le=65535)] = 0
+    step_log: Annotated[
+        str, Meta(description="file to append a line to for each engine step, for hocket lab fit; several may share it")
+    ] = ""
     engine_args: Annotated[dict[str, object], Meta(description="passed to the engine as they are (vllm)")] = {}

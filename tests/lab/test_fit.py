@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -9,8 +10,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hocket.bus.messages import SamplingParams
 from hocket.cluster.cli import main
+from hocket.lab.clients import VOCABULARY, Request
 from hocket.lab.fit import FitError, Step, fit, read_step_log
+from hocket.lab.house import House
+from hocket.lab.log import EventLog
+from hocket.lab.loop import VirtualLoop, run
+from hocket.lab.members import Shape
 from hocket.lab.timing import Coefficients, ProfileTiming, StepLoad, load_profile
 
 
@@ -62,22 +69,40 @@ def test_a_bad_line_is_named(tmp_path: Path):
         read_step_log(log)
 
 
+FACTS = ["--kv-bytes-per-token", "131072", "--kv-tokens", "400000", "--layers", "32", "--hidden", "4096", "--weight-gb", "16"]
+
+
+def test_the_step_log_of_a_pool_gives_its_engines_times_back(tmp_path: Path):
+    log, out = tmp_path / "steps.jsonl", tmp_path / "mine.json"
+    shape = Shape(slots=16, kv_blocks=400, chunk_tokens=128, prefill_ms_per_token=0.5, itl_ms=20.0, step_log=str(log))
+
+    async def main_of(loop: VirtualLoop) -> list[Request]:
+        house = House(loop, random.Random(1), shape, EventLog(loop.time))
+        await house.start()
+        rng, requests = random.Random(2), []
+        for number in range(60):
+            prompt = rng.choices(VOCABULARY, k=rng.randint(4, 300))
+            requests.append(Request(number, prompt, SamplingParams(max_tokens=rng.randint(1, 40)), loop.time()))
+            house.send(requests[-1])
+            await asyncio.sleep(rng.expovariate(4.0))
+        await asyncio.sleep(10.0)
+        await house.stop()
+        return requests
+
+    assert {how for request in run(main_of) for how in request.ends} == {"answered"}
+    steps = read_step_log(log)
+    assert sum(step.prefill_tokens for step in steps) > 5000
+    assert main(["lab", "fit", str(log), "--out", str(out), *FACTS]) == 0
+    timing = ProfileTiming(load_profile(str(out)))
+    for tokens, requests in ((128, 0), (40, 0), (0, 1), (0, 12), (100, 5)):
+        load = StepLoad(tokens, tokens * (tokens + 1) // 2, requests, requests * 100)
+        assert timing.step_s(load) == pytest.approx(tokens * 0.5e-3 + (20e-3 if requests else 0.0), rel=0.03)
+
+
 def test_the_command_writes_a_profile_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     log, out = tmp_path / "steps.jsonl", tmp_path / "mine.json"
     log.write_bytes(b"\n".join(msgspec.json.encode(step) for step in steps_of("h200-llama-8b", 300, 0.01)))
-    facts = [
-        "--kv-bytes-per-token",
-        "131072",
-        "--kv-tokens",
-        "400000",
-        "--layers",
-        "32",
-        "--hidden",
-        "4096",
-        "--weight-gb",
-        "16",
-    ]
-    assert main(["lab", "fit", str(log), "--out", str(out), *facts]) == 0
+    assert main(["lab", "fit", str(log), "--out", str(out), *FACTS]) == 0
     assert "300 steps, relative error" in capsys.readouterr().out
     assert load_profile(str(out)).kv_tokens == 400000
     rows = tmp_path / "rows.json"

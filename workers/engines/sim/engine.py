@@ -36,6 +36,7 @@ from ..base import (
     PrefillTask,
     StepOutput,
 )
+from ..step_log import StepLog, step_of
 from .kv import SimKv, cells_of, next_states, sim_layouts
 from .scheduler import AnyWork, Scheduler
 from .vocabulary import sim_vocabulary
@@ -92,6 +93,7 @@ class SimEngine:
         self._moves = asyncio.Event()
         self._moves.set()
         self._steps = 0
+        self._step_log: StepLog | None = None
         self._scheduler = Scheduler(
             self.kv,
             self.vocabulary,
@@ -111,6 +113,8 @@ class SimEngine:
         except TransportError as error:
             raise EngineError(f"no transport of {self._config.transports!r} runs here: {error}") from error
         self._loop = asyncio.get_running_loop()
+        if self._config.step_log:
+            self._step_log = StepLog.at(self._config.step_log, self._loop.time)
         self._task = self._loop.create_task(self._run(), name="sim engine")
         self._task.add_done_callback(self._on_run_ended)
         return EngineInfo(
@@ -207,6 +211,8 @@ class SimEngine:
             self._task.cancel()
             await asyncio.wait([self._task])
         self._fail_all(EngineDead("the engine was closed"))
+        if self._step_log is not None:
+            self._step_log.close()
         await self.endpoint.aclose()
 
     # Tasks come and go.
@@ -264,6 +270,7 @@ class SimEngine:
             if not parts and not self._scheduler.running:
                 self._wake.clear()
                 await self._wake.wait()
+                self._busy_until = self._loop.time()  # Idle time is not lost time.
                 continue
             await self._step(parts)
             self._steps += 1
@@ -280,6 +287,9 @@ class SimEngine:
         decoding = list(self._scheduler.running)
         tokens = sum(end - work.computed for work, end in parts)
         step_ms = tokens * self._config.sim_prefill_ms_per_token + (self._config.sim_itl_ms if decoding else 0.0)
+        if self._step_log is not None:
+            lengths = [(work.computed, end - work.computed) for work, end in parts]
+            self._step_log.begin(step_of([*lengths, *((work.computed, 1) for work in decoding)]))
         computed = []
         for work, end in parts:
             states = next_states(work.state, work.tokens[work.computed : end])
@@ -300,6 +310,8 @@ class SimEngine:
                         self.endpoint.layer_ready(work.task.key, layer)
         if not step_ms:
             await asyncio.sleep(0)
+        if self._step_log is not None:
+            self._step_log.end()
         for work, end, _, states, _ in computed:
             if not work.is_over:
                 work.computed, work.state = end, states[-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,6 +21,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ....transport.errors import TransportError
+from ..base import EngineError
+from ..step_log import StepLog, step_of
 from . import versions
 from .kv_tensors import KvGroupFacts, ModelFacts, UnfitKv, group_facts, kv_groups
 from .scheduler import BlockRows, Scheduled, SchedulerCore, StepPlan
@@ -56,6 +58,7 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         # Ctrl-C reaches the whole foreground group; the front end decides when the engine ends. vLLM's handler is set by now.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._scheduler: SchedulerCore | None = None
+        self._step_log: StepLog | None = None
         self._worker: WorkerSide | None = None
         if is_scheduler:
             self._channel = ConnectorEnd(self._extra["side_channel"], "scheduler", _ignore)
@@ -76,6 +79,7 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         self._groups = self._check()
         if is_scheduler:
             self._scheduler = SchedulerCore(kv_groups(self._groups))
+            self._step_log = self._open_step_log(self._extra["step_log"])
 
     def _check(self) -> tuple[KvGroupFacts, ...]:
         """What can be known before there is a KV cache. Raises UnfitKv, after telling the front end."""
@@ -92,6 +96,12 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
         try:
             return group_facts(groups)
         except UnfitKv as error:
+            self._refuse(str(error))
+
+    def _open_step_log(self, path: str) -> StepLog | None:
+        try:
+            return StepLog.at(path) if path else None
+        except EngineError as error:
             self._refuse(str(error))
 
     def _refuse(self, why: str) -> NoReturn:
@@ -126,9 +136,16 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def build_connector_meta(self, scheduler_output: Unchecked) -> StepMetadata:
         assert self._scheduler
-        return StepMetadata(
-            self._scheduler.step(_scheduled(scheduler_output), scheduler_output.preempted_req_ids or ())
-        )
+        scheduled = _scheduled(scheduler_output)
+        if self._step_log:
+            self._step_log.begin(step_of((part.computed_tokens, part.scheduled_tokens) for part in scheduled))
+        return StepMetadata(self._scheduler.step(scheduled, scheduler_output.preempted_req_ids or ()))
+
+    def take_events(self) -> Iterable[Unchecked]:
+        """We have none; the scheduler asks when a step's output is there."""
+        if self._step_log:
+            self._step_log.end()
+        return ()
 
     def update_connector_output(self, connector_output: Unchecked) -> None:
         assert self._scheduler
@@ -221,6 +238,8 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
             self._worker.stop()
         else:
             self._channel.close()
+            if self._step_log:
+                self._step_log.close()
 
 
 def _params(request: RequestLike) -> Mapping[str, object]:

@@ -135,6 +135,7 @@ def _kv_transfer(config: WorkerConfig, identity: Identity, model: str, revision:
             "revision": revision,
             "staging_bytes": config.staging_mib << 20,
             "verifies_blocks": config.verify_kv,
+            "step_log": config.step_log,
             REPORTS_FAILED_LOADS: identity.reports_failed_loads and versions.can_report_failed_loads(),
         },
     )
