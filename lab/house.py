@@ -25,6 +25,8 @@ from .log import EventLog
 from .loop import Process, VirtualLoop, current_process
 from .members import RESTART_S, Member, RouterMember, Shape, WorkerMember
 
+STOP_S = 15.0  # for a worker that is asked to, its grace included
+
 
 class House:
     """The pool; `violations` is what must stay empty."""
@@ -151,7 +153,9 @@ class House:
         self.is_stopping = True
         for worker in self.live_workers:
             worker.ask_to_stop()
-        await asyncio.sleep(15.0)
+        end_s = self.loop.time() + STOP_S
+        while self.live_workers and self.loop.time() < end_s:  # noqa: ASYNC110  # Virtual time.
+            await asyncio.sleep(0.5)
         for worker in self.live_workers:
             self.violate(f"{worker.name} did not stop")
         for router in self.live_routers:

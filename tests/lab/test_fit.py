@@ -69,7 +69,18 @@ def test_a_bad_line_is_named(tmp_path: Path):
         read_step_log(log)
 
 
-FACTS = ["--kv-bytes-per-token", "131072", "--kv-tokens", "400000", "--layers", "32", "--hidden", "4096", "--weight-gb", "16"]
+FACTS = [
+    "--kv-bytes-per-token",
+    "131072",
+    "--kv-tokens",
+    "400000",
+    "--layers",
+    "32",
+    "--hidden",
+    "4096",
+    "--weight-gb",
+    "16",
+]
 
 
 def test_the_step_log_of_a_pool_gives_its_engines_times_back(tmp_path: Path):

@@ -78,6 +78,33 @@ async def test_a_killed_worker_process_ends_every_request_and_the_engine(demo_mo
     await wait_gone(engine.mark)
 
 
+async def test_a_worker_process_that_hangs_shows_as_no_step_and_does_not_survive(demo_model: Path) -> None:
+    engine = VllmEngine(engine_config("decode", demo_model), worker_id="decode", epoch=DECODE_EPOCH)
+    try:
+        await engine.start()
+        answer, sampling = Answer(), SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
+        task = DecodeTask("r", 1, random_prompt(10, 1), sampling, None, 1.0)
+        decode = asyncio.create_task(engine.decode(task, answer.steps.append))
+        async with asyncio.timeout(30):
+            while engine.load().steps < 5:
+                await asyncio.sleep(0.02)
+        os.kill(worker_pid(engine.mark), signal.SIGSTOP)
+        steps = -1
+        async with asyncio.timeout(30):
+            while engine.load().steps != steps:  # The steps that were under way.
+                steps = engine.load().steps
+                await asyncio.sleep(1.0)
+        assert engine.load().due == 1
+        engine.break_down("it hangs")
+        with pytest.raises(EngineDead, match="it hangs"):
+            await decode
+    finally:
+        started_s = time.monotonic()
+        await engine.aclose()
+    assert time.monotonic() - started_s < 5
+    await wait_gone(engine.mark)
+
+
 async def test_a_closed_engine_fails_what_runs_and_what_comes(demo_model: Path) -> None:
     engine = VllmEngine(engine_config("decode", demo_model), worker_id="decode", epoch=DECODE_EPOCH)
     try:
