@@ -401,12 +401,12 @@ async def _prove_alive(house: House, plan: Plan) -> None:
     A worker may still be full; an idle engine that hangs is found out only by a request.
     """
     end_s = house.loop.time() + LIVENESS_S
+    hides_hung = any(worker.is_hung for worker in house.live_workers)
     rng = random.Random(plan.seed)
     for number in range(1000, 1003):
         ends = ["overloaded"]
         while house.loop.time() < end_s:
             prompt = rng.choices(VOCABULARY, k=40)
-            hides_hung = any(worker.is_hung for worker in house.live_workers)
             proof = Request(number, prompt, SamplingParams(max_tokens=4), house.loop.time())
             house.send(proof)
             await _ended(house, [proof], end_s)
