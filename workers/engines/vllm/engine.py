@@ -43,6 +43,7 @@ from .kv_groups import KvGroups
 from .link_probes import ProbeQuestions
 from .scheduler import Open, decode_params, prefill_params
 from .side_channel import AbortSend, FrontEnd, Note, ProbeEnded, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
+from .stats import SchedulerStats, logger_of
 from .translate import decode_sampling, prefill_sampling, step_output
 from .versions import Unchecked
 from .waits import cancelled, fail, on_daemon_thread, resolve, set_within
@@ -56,16 +57,6 @@ ABANDON_TIMEOUT_S = 5.0  # The endpoint drops a link that does not answer well b
 SIGTERM_GRACE_S = 0.5
 SHUTDOWN_S = 1.0
 REAP_S = 2.0
-
-
-@dataclass(slots=True)
-class _Stats:
-    """The last word of vLLM's scheduler."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-    steps: int = 0
 
 
 @dataclass(slots=True)
@@ -94,7 +85,7 @@ class VllmEngine:
         self._info: EngineInfo | None = None
         self._layout: KvLayout | None = None
         self._reports_failed_loads = True
-        self._stats = _Stats()
+        self._stats = SchedulerStats()
         self._ends = _Ends()
         self._probes = ProbeQuestions(self._channel.send)
         self._numbers = itertools.count(1)
@@ -151,30 +142,7 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             arguments = AsyncEngineArgs(**engine_args(self._config, self._identity))
-            return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._stat_logger()])
-
-    def _stat_logger(self) -> Unchecked:
-        from vllm.v1.metrics.loggers import StatLoggerBase
-
-        stats = self._stats
-
-        class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM has no stubs here.
-            """Keeps what `VllmEngine.load` tells."""
-
-            def __init__(self, vllm_config: Unchecked, engine_index: int = 0) -> None:
-                pass
-
-            def record(self, scheduler_stats: Unchecked, *_: Unchecked, **__: Unchecked) -> None:
-                stats.steps += 1  # Empty ones, too: while requests wait for KV, vLLM goes round and round.
-                if scheduler_stats is not None:
-                    stats.running = scheduler_stats.num_running_reqs
-                    stats.waiting = versions.waiting_requests(scheduler_stats)
-                    stats.kv_usage = scheduler_stats.kv_cache_usage
-
-            def log_engine_initialized(self) -> None:
-                pass
-
-        return Load
+            return AsyncLLM.from_engine_args(arguments, stat_loggers=[logger_of(self._stats)])
 
     def _start_reaper(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark, str(self._folder)]
