@@ -154,9 +154,7 @@ class Chooser:
     def released(self, chosen: Chosen) -> None:
         """It failed, or goes elsewhere: what it alone would have brought to the decode worker is not there."""
         self.computed(chosen)
-        worker = chosen.worker
-        hashes = chosen.hashes.get(worker.block_tokens, ())
-        self._predicted.released(worker.worker_id, chosen.request.request_id, hashes)
+        self._predicted.released(chosen.worker.worker_id, chosen.request.request_id)
 
     def computed(self, chosen: Chosen) -> None:
         """Its prompt is computed, or nobody will."""
