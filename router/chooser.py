@@ -19,7 +19,8 @@ from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, Prefi
 from .policies.basic import LeastLoaded
 from .policy_set import PolicySet, Trace
 from .predicted import APPROXIMATE_TTL_S, PREDICTED_TTL_S, PredictedIndex
-from .view import ClusterView, prefill_view, worker_view
+from .roster import Roster, prefill_view
+from .view import ClusterView
 from .work import PlacedWork
 
 log = logging.getLogger(__name__)
@@ -113,25 +114,27 @@ class Chooser:
         self._local_prefill_tokens_max = local_prefill_tokens_max
         self._rng = rng
         self._fallback = LeastLoaded()
+        self._rosters: dict[str, Roster] = {}  # by model, of `_version`
+        self._version = -1
 
     def choose(self, ask: Ask, exclude: frozenset[WorkerId], now: float) -> Chosen | None:
         """None when no live worker outside `exclude` serves the model."""
-        members = self._view.candidates(ask.model, exclude)
-        if not members:
+        roster = self._roster(ask.model, exclude)
+        if not roster.members:
             return None
-        prefill = self._view.prefill_members(ask.model, {member.card.fingerprint for member in members})
-        sizes = {member.card.block_tokens for member in (*members, *prefill)}
-        hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes} if ask.prompt_tokens else {}
+        sizes = roster.block_sizes if ask.prompt_tokens else ()
+        hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes}
         told, hits = self._hit_blocks(hashes, now)
-        workers = [worker_view(m, hits.get(m.card.worker_id, 0), self._work.tokens(m.card.worker_id)) for m in members]
+        workers = roster.views(hits)
         request = self._request_view(
             ask,
-            [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in prefill],
+            [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in roster.prefill],
         )
-        choice, chosen, is_fallback, trace = self._pick(request, workers, now)
+        choice, is_fallback, trace = self._pick(request, workers, roster.places, now)
+        place = roster.places[choice.worker_id]
+        chosen, card = workers[place], roster.members[place].card
         plan = choice.plan or request.default_plan(chosen)
-        card = next(member.card for member in members if member.card.worker_id == chosen.worker_id)
-        ranks = self._view.prefill_ranks(ask.model, card.fingerprint)
+        ranks = roster.prefill_ranks[card.fingerprint]
         if not ranks or not card.handoff_addresses:
             plan = "local"
         told_blocks = told.get(chosen.worker_id, 0)
@@ -168,21 +171,40 @@ class Chooser:
     def _waiting(self, lane: WorkerId | None) -> int:
         return self._work.tokens(lane) + self.waiting_elsewhere(lane)
 
+    def _roster(self, model: str, exclude: frozenset[WorkerId]) -> Roster:
+        if exclude:
+            return Roster(self._view, model, exclude, self._work.tokens)
+        if self._version != self._view.version:
+            self._version = self._view.version
+            self._rosters.clear()
+            for worker in self._predicted.workers():
+                if self._view.get(worker) is None:
+                    self._predicted.remove_worker(worker)
+        changed = self._view.take_changed() | self._work.take_changed()
+        for roster in self._rosters.values():
+            roster.refresh(changed)
+        if model not in self._rosters:
+            roster = Roster(self._view, model, exclude, self._work.tokens)
+            if not roster.members:
+                return roster  # There is no end of names that nobody serves.
+            self._rosters[model] = roster
+        return self._rosters[model]
+
     def _pick(
-        self, request: RequestView, workers: list[WorkerView], now: float
-    ) -> tuple[Choice, WorkerView, bool, Trace | None]:
-        by_id = {worker.worker_id: worker for worker in workers}
+        self, request: RequestView, workers: list[WorkerView], places: Mapping[WorkerId, int], now: float
+    ) -> tuple[Choice, bool, Trace | None]:
         if isinstance(self.policy, PolicySet):
             choice, trace = self.policy.decide(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], bool(trace.failure), trace
+            return choice, bool(trace.failure), trace
         try:
             choice = self.policy.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], False, None
+            if choice.worker_id not in places:
+                raise LookupError(f"{choice.worker_id!r} was not offered")
+            return choice, False, None
         except Exception:  # A user's policy may raise anything; the request must not pay for it.
             log.exception("policy failed, least loaded chose", extra={"request_id": request.request_id})
             self.failures += 1
-            choice = self._fallback.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], True, None
+            return self._fallback.pick(request, workers, now, self._rng), True, None
 
     def _request_view(self, ask: Ask, prefill: list[PrefillView]) -> RequestView:
         return RequestView(
@@ -213,13 +235,10 @@ class Chooser:
         self, hashes: Mapping[int, Sequence[int]], now: float
     ) -> tuple[dict[WorkerId, int], dict[WorkerId, int]]:
         """What the workers' events tell, and the same with what we expect: the longer run of the two counts."""
-        for worker in self._predicted.workers():
-            if self._view.get(worker) is None:
-                self._predicted.remove_worker(worker)
         told: dict[WorkerId, int] = {}
         hits: dict[WorkerId, int] = {}
-        for _, chain in sorted(hashes.items()):
+        for chain in hashes.values():
             told |= self._index.hit_blocks(chain)
             expected = self._predicted.hit_blocks(chain, now)
-            hits |= {worker: max(blocks, told.get(worker, 0)) for worker, blocks in expected.items()}
+            hits |= {worker: blocks for worker, blocks in expected.items() if blocks > told.get(worker, 0)}
         return told, told | hits

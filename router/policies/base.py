@@ -30,8 +30,7 @@ IndexMode = Literal["exact", "catching_up", "approximate"]
 ENTRY_POINTS = "hocket.policies"
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillView:
+class PrefillView(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What a policy knows of one live prefill worker that could serve the request."""
 
     worker_id: WorkerId
@@ -45,8 +44,7 @@ class PrefillView:
     prefill_tokens_per_s: float = 0.0  # measured; 0.0: not known yet
 
 
-@dataclass(frozen=True, slots=True)
-class RequestView:
+class RequestView(msgspec.Struct, frozen=True):
     """What a policy knows of the request."""
 
     request_id: RequestId
@@ -69,8 +67,7 @@ class RequestView:
         return "local" if is_local and worker.can_prefill_locally else "remote"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
+class WorkerView(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What a policy knows of one live decode worker that serves the model."""
 
     worker_id: WorkerId
