@@ -15,11 +15,12 @@ from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import RequestId, WorkerId
 from .generation import Generation
 from .index import PrefixIndex
-from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, PrefillView, RequestView, WorkerView
+from .placed import SHARED
+from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, RequestView, WorkerView
 from .policies.basic import LeastLoaded
 from .policy_set import PolicySet, Trace
 from .predicted import APPROXIMATE_TTL_S, PREDICTED_TTL_S, PredictedIndex
-from .roster import Roster, prefill_view
+from .roster import Roster
 from .view import ClusterView
 from .work import PlacedWork
 
@@ -110,7 +111,7 @@ class Chooser:
         self._index = index
         self._predicted = PredictedIndex()
         self._work = PlacedWork()
-        self.waiting_elsewhere: Callable[[WorkerId | None], int] = lambda lane: 0  # tokens of other routers' jobs
+        self.waiting_elsewhere: Callable[[], Mapping[WorkerId, int]] = dict  # by lane: tokens of other routers' jobs
         self._local_prefill_tokens_max = local_prefill_tokens_max
         self._rng = rng
         self._fallback = LeastLoaded()
@@ -126,10 +127,7 @@ class Chooser:
         hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes}
         told, hits = self._hit_blocks(hashes, now)
         workers = roster.views(hits)
-        request = self._request_view(
-            ask,
-            [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in roster.prefill],
-        )
+        request = self._request_view(ask, roster, hits)
         choice, is_fallback, trace = self._pick(request, workers, roster.places, now)
         place = roster.places[choice.worker_id]
         chosen, card = workers[place], roster.members[place].card
@@ -168,9 +166,6 @@ class Chooser:
         if isinstance(self.policy, ObservingPolicy):
             self.policy.observe(outcome, now)
 
-    def _waiting(self, lane: WorkerId | None) -> int:
-        return self._work.tokens(lane) + self.waiting_elsewhere(lane)
-
     def _roster(self, model: str, exclude: frozenset[WorkerId]) -> Roster:
         if exclude:
             return Roster(self._view, model, exclude, self._work.tokens)
@@ -206,20 +201,21 @@ class Chooser:
             self.failures += 1
             return self._fallback.pick(request, workers, now, self._rng), True, None
 
-    def _request_view(self, ask: Ask, prefill: list[PrefillView]) -> RequestView:
+    def _request_view(self, ask: Ask, roster: Roster, hits: Mapping[WorkerId, int]) -> RequestView:
+        elsewhere = self.waiting_elsewhere()
         return RequestView(
             request_id=ask.request_id,
             model=ask.model,
             prompt_tokens=ask.prompt_tokens,
             max_tokens=ask.max_tokens,
-            prefill_workers=len(prefill),
+            prefill_workers=len(roster.prefill),
             local_prefill_tokens_max=self._local_prefill_tokens_max,
             tenant=ask.tenant,
             session_id=ask.session_id,
             priority=ask.priority,
             deadline_s=ask.deadline_s,
-            prefill=tuple(prefill),
-            queued_prefill_tokens=self._waiting(None),
+            prefill=tuple(roster.prefill_views(hits, elsewhere)),
+            queued_prefill_tokens=self._work.tokens(None) + elsewhere.get(SHARED, 0),
         )
 
     def _predict(self, chosen: Chosen, worker: WorkerId, now: float) -> None:

@@ -27,6 +27,8 @@ class Roster:
         self.block_sizes = sorted({member.card.block_tokens for member in (*self.members, *self.prefill)})
         self.places = {member.card.worker_id: place for place, member in enumerate(self.members)}
         self._queued = queued
+        self._prefill_places = {member.card.worker_id: place for place, member in enumerate(self.prefill)}
+        self._cold_prefill = [prefill_view(member, queued(member.card.worker_id)) for member in self.prefill]
         self._cold = [worker_view(member, queued(member.card.worker_id)) for member in self.members]
 
     def refresh(self, workers: Iterable[WorkerId]) -> None:
@@ -35,6 +37,8 @@ class Roster:
             place = self.places.get(worker)
             if place is not None:
                 self._cold[place] = worker_view(self.members[place], self._queued(worker))
+            elif (place := self._prefill_places.get(worker)) is not None:
+                self._cold_prefill[place] = prefill_view(self.prefill[place], self._queued(worker))
 
     def views(self, hit_blocks: Mapping[WorkerId, int]) -> list[WorkerView]:
         """All decode workers, with what each of them knows of a prompt."""
@@ -43,6 +47,17 @@ class Roster:
             place = places.get(worker)
             if place is not None:
                 views[place] = replace(views[place], hit_blocks=blocks)
+        return views
+
+    def prefill_views(
+        self, hit_blocks: Mapping[WorkerId, int], queued_elsewhere: Mapping[WorkerId, int]
+    ) -> list[PrefillView]:
+        """All prefill workers, the same; `queued_elsewhere`: prompt tokens of other routers' jobs that wait for them."""
+        views, places = self._cold_prefill.copy(), self._prefill_places
+        for worker in places.keys() & (hit_blocks.keys() | queued_elsewhere.keys()):
+            view = views[places[worker]]
+            queued_tokens = view.queued_tokens + queued_elsewhere.get(worker, 0)
+            views[places[worker]] = replace(view, hit_blocks=hit_blocks.get(worker, 0), queued_tokens=queued_tokens)
         return views
 
 
@@ -68,15 +83,15 @@ def worker_view(member: Member, local_prefill_tokens: int) -> WorkerView:
     )
 
 
-def prefill_view(member: Member, hit_blocks: int, queued_tokens: int) -> PrefillView:
-    """A prefill worker as a policy sees it."""
+def prefill_view(member: Member, queued_tokens: int) -> PrefillView:
+    """A prefill worker as a policy sees it, without a prefix hit."""
     card, heartbeat = member.card, member.heartbeat
     return PrefillView(
         worker_id=card.worker_id,
         fingerprint=card.fingerprint,
         block_tokens=card.block_tokens,
         slots=card.slots,
-        hit_blocks=hit_blocks,
+        hit_blocks=0,
         running=heartbeat.running,
         waiting=heartbeat.waiting,
         queued_tokens=queued_tokens,

@@ -121,7 +121,7 @@ class Router:
         self.sharing = LoadSharing(
             bus, config.pool, router_id, self.membership.view, lane_wait_s=config.lane_wait_s, clock=clock
         )
-        self.chooser.waiting_elsewhere = self.sharing.waiting_elsewhere
+        self.chooser.waiting_elsewhere = self.sharing.others.waiting
         view = self.membership.view
         self.gate = Gate(config.admission_limits(), view, self.sharing, metrics, clock=clock)
         self._dispatch = Dispatch(

@@ -92,7 +92,8 @@ class WorkerView(msgspec.Struct, frozen=True, eq=False, gc=False):
     @property
     def load(self) -> int:
         """Requests it holds: what it last said, or what we know it was given since."""
-        return max(self.running + self.waiting, self.in_flight)
+        held, in_flight = self.running + self.waiting, self.in_flight
+        return held if held > in_flight else in_flight  # Half the time of `max`, asked a few times for each worker.
 
 
 @dataclass(frozen=True, slots=True)
