@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import random
+import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -190,6 +191,24 @@ def test_predictions_equal_those_of_a_plain_list_of_blocks(
         assert len(index) == sum(map(len, model.held.values())) <= blocks_max
     assert index.hit_blocks(CHAINS[0], now + 20.0) == {}
     assert len(index) == 0
+
+
+def test_prompts_that_have_ended_leave_nothing_in_memory():
+    index = PredictedIndex()
+
+    def place(first: int, prompts: int) -> int:
+        for number in range(first, first + prompts):
+            chain = block_hashes_of([*range(8), *range(number, number + 24)], 1)
+            index.placed(A, RequestId(str(number)), chain, until_s=number + 5.0, capacity=400)
+            index.hit_blocks(chain, float(number))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        few = place(1000, 100)
+        assert place(2000, 1000) < few + 20_000  # A thousand prompts are a megabyte.
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_view_of_a_worker_follows_its_load():
