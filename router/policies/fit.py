@@ -36,9 +36,10 @@ class LiveFit:
         return median(self._errors) if self._errors else None
 
     def predict(self, features: Sequence[float]) -> float:
-        return sum(
+        total: float = sum(
             map(mul, self._weights, features)
-        )  # For each worker of each request: a generator takes three times as long.
+        )  # Asked for each worker; a generator takes thrice as long.
+        return total
 
     def observe(self, features: Sequence[float], y: float) -> None:
         """One more observation."""
