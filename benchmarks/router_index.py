@@ -38,6 +38,7 @@ CASES = [
     for depth in (16, 64, 256, 2048)
     for kind in ("equal", "stepped")
 ]
+DECISIONS = [("least_loaded", 100), ("kv", 100), ("cost", 100), ("least_loaded", 1000), ("kv", 1000)]
 LARGE = (16, 256, 2000, "stepped")  # more than the processor's caches hold
 _DYNAMO_TIMEOUT_S = 120.0
 
@@ -135,7 +136,7 @@ def hashing(tokens: int) -> Row:
 
 
 def decision(policy: str, workers: int, tokens: int, decisions: int) -> Row:
-    """Prompts that share their first half with one another, each kept by four workers; no view and no hash is reused."""
+    """Prompts that share their first half with one another, each kept by four workers; no hash is reused."""
     view, index = ClusterView(suspect_s=1.5, dead_s=3.0), PrefixIndex()
     names = [WorkerId(f"w{number:04}") for number in range(workers)]
     for name in names:
@@ -194,7 +195,7 @@ def main(argv: Iterable[str] | None = None) -> int:
         progress.step("hash")
         others.append(hashing(tokens))
     progress.step("decide")
-    others += [decision(policy, 100, 8192, finds) for policy in ("least_loaded", "kv")]
+    others += [decision(policy, workers, 8192, finds) for policy, workers in DECISIONS]
     progress.step("events")
     others += [events(workers, 100_000) for workers in (16, 1000)]
     progress.step("memory")

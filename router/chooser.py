@@ -15,11 +15,13 @@ from ..bus.block_hash import block_hashes, chain_seed
 from ..bus.ids import RequestId, WorkerId
 from .generation import Generation
 from .index import PrefixIndex
-from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, PrefillView, RequestView, WorkerView
+from .placed import SHARED
+from .policies.base import Choice, ObservingPolicy, Outcome, Plan, Policy, RequestView, WorkerView
 from .policies.basic import LeastLoaded
 from .policy_set import PolicySet, Trace
 from .predicted import APPROXIMATE_TTL_S, PREDICTED_TTL_S, PredictedIndex
-from .view import ClusterView, prefill_view, worker_view
+from .roster import Roster
+from .view import ClusterView
 from .work import PlacedWork
 
 log = logging.getLogger(__name__)
@@ -109,29 +111,28 @@ class Chooser:
         self._index = index
         self._predicted = PredictedIndex()
         self._work = PlacedWork()
-        self.waiting_elsewhere: Callable[[WorkerId | None], int] = lambda lane: 0  # tokens of other routers' jobs
+        self.waiting_elsewhere: Callable[[], Mapping[WorkerId, int]] = dict  # by lane: tokens of other routers' jobs
         self._local_prefill_tokens_max = local_prefill_tokens_max
         self._rng = rng
         self._fallback = LeastLoaded()
+        self._rosters: dict[str, Roster] = {}  # by model, of `_version`
+        self._version = -1
 
     def choose(self, ask: Ask, exclude: frozenset[WorkerId], now: float) -> Chosen | None:
         """None when no live worker outside `exclude` serves the model."""
-        members = self._view.candidates(ask.model, exclude)
-        if not members:
+        roster = self._roster(ask.model, exclude)
+        if not roster.members:
             return None
-        prefill = self._view.prefill_members(ask.model, {member.card.fingerprint for member in members})
-        sizes = {member.card.block_tokens for member in (*members, *prefill)}
-        hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes} if ask.prompt_tokens else {}
+        sizes = roster.block_sizes if ask.prompt_tokens else ()
+        hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes}
         told, hits = self._hit_blocks(hashes, now)
-        workers = [worker_view(m, hits.get(m.card.worker_id, 0), self._work.tokens(m.card.worker_id)) for m in members]
-        request = self._request_view(
-            ask,
-            [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in prefill],
-        )
-        choice, chosen, is_fallback, trace = self._pick(request, workers, now)
+        workers = roster.views(hits)
+        request = self._request_view(ask, roster, hits)
+        choice, is_fallback, trace = self._pick(request, workers, roster.places, now)
+        place = roster.places[choice.worker_id]
+        chosen, card = workers[place], roster.members[place].card
         plan = choice.plan or request.default_plan(chosen)
-        card = next(member.card for member in members if member.card.worker_id == chosen.worker_id)
-        ranks = self._view.prefill_ranks(ask.model, card.fingerprint)
+        ranks = roster.prefill_ranks[card.fingerprint]
         if not ranks or not card.handoff_addresses:
             plan = "local"
         told_blocks = told.get(chosen.worker_id, 0)
@@ -154,9 +155,7 @@ class Chooser:
     def released(self, chosen: Chosen) -> None:
         """It failed, or goes elsewhere: what it alone would have brought to the decode worker is not there."""
         self.computed(chosen)
-        worker = chosen.worker
-        hashes = chosen.hashes.get(worker.block_tokens, ())
-        self._predicted.released(worker.worker_id, chosen.request.request_id, hashes)
+        self._predicted.released(chosen.worker.worker_id, chosen.request.request_id)
 
     def computed(self, chosen: Chosen) -> None:
         """Its prompt is computed, or nobody will."""
@@ -167,39 +166,56 @@ class Chooser:
         if isinstance(self.policy, ObservingPolicy):
             self.policy.observe(outcome, now)
 
-    def _waiting(self, lane: WorkerId | None) -> int:
-        return self._work.tokens(lane) + self.waiting_elsewhere(lane)
+    def _roster(self, model: str, exclude: frozenset[WorkerId]) -> Roster:
+        if exclude:
+            return Roster(self._view, model, exclude, self._work.tokens)
+        if self._version != self._view.version:
+            self._version = self._view.version
+            self._rosters.clear()
+            for worker in self._predicted.workers():
+                if self._view.get(worker) is None:
+                    self._predicted.remove_worker(worker)
+        changed = self._view.take_changed() | self._work.take_changed()
+        for roster in self._rosters.values():
+            roster.refresh(changed)
+        if model not in self._rosters:
+            roster = Roster(self._view, model, exclude, self._work.tokens)
+            if not roster.members:
+                return roster  # There is no end of names that nobody serves.
+            self._rosters[model] = roster
+        return self._rosters[model]
 
     def _pick(
-        self, request: RequestView, workers: list[WorkerView], now: float
-    ) -> tuple[Choice, WorkerView, bool, Trace | None]:
-        by_id = {worker.worker_id: worker for worker in workers}
+        self, request: RequestView, workers: list[WorkerView], places: Mapping[WorkerId, int], now: float
+    ) -> tuple[Choice, bool, Trace | None]:
         if isinstance(self.policy, PolicySet):
             choice, trace = self.policy.decide(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], bool(trace.failure), trace
+            return choice, bool(trace.failure), trace
         try:
             choice = self.policy.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], False, None
+            if choice.worker_id not in places:
+                raise LookupError(f"{choice.worker_id!r} was not offered")
+            return choice, False, None
         except Exception:  # A user's policy may raise anything; the request must not pay for it.
             log.exception("policy failed, least loaded chose", extra={"request_id": request.request_id})
             self.failures += 1
-            choice = self._fallback.pick(request, workers, now, self._rng)
-            return choice, by_id[choice.worker_id], True, None
+            return self._fallback.pick(request, workers, now, self._rng), True, None
 
-    def _request_view(self, ask: Ask, prefill: list[PrefillView]) -> RequestView:
+    def _request_view(self, ask: Ask, roster: Roster, hits: Mapping[WorkerId, int]) -> RequestView:
+        elsewhere = self.waiting_elsewhere()
         return RequestView(
             request_id=ask.request_id,
             model=ask.model,
             prompt_tokens=ask.prompt_tokens,
             max_tokens=ask.max_tokens,
-            prefill_workers=len(prefill),
+            prefill_workers=len(roster.prefill),
             local_prefill_tokens_max=self._local_prefill_tokens_max,
             tenant=ask.tenant,
             session_id=ask.session_id,
             priority=ask.priority,
             deadline_s=ask.deadline_s,
-            prefill=tuple(prefill),
-            queued_prefill_tokens=self._waiting(None),
+            prefill=tuple(roster.prefill_views(hits, elsewhere)),
+            queued_prefill_tokens=self._work.tokens(None) + elsewhere.get(SHARED, 0),
         )
 
     def _predict(self, chosen: Chosen, worker: WorkerId, now: float) -> None:
@@ -215,13 +231,10 @@ class Chooser:
         self, hashes: Mapping[int, Sequence[int]], now: float
     ) -> tuple[dict[WorkerId, int], dict[WorkerId, int]]:
         """What the workers' events tell, and the same with what we expect: the longer run of the two counts."""
-        for worker in self._predicted.workers():
-            if self._view.get(worker) is None:
-                self._predicted.remove_worker(worker)
         told: dict[WorkerId, int] = {}
         hits: dict[WorkerId, int] = {}
-        for _, chain in sorted(hashes.items()):
+        for chain in hashes.values():
             told |= self._index.hit_blocks(chain)
             expected = self._predicted.hit_blocks(chain, now)
-            hits |= {worker: max(blocks, told.get(worker, 0)) for worker, blocks in expected.items()}
+            hits |= {worker: blocks for worker, blocks in expected.items() if blocks > told.get(worker, 0)}
         return told, told | hits

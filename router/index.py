@@ -1,15 +1,17 @@
 """Which leading blocks of a prompt are in which worker's prefix cache. Pure state, fed by KV events.
 
 `BlockStored` and `BlockRemoved` carry Hocket's own chained hashes, so a hash stands for the whole prefix up to it. The
-answer is exact whatever the order of events: a hole in the middle of a chain ends the run there. A search that gallops over
-the chain would be wrong at a hole, and to know that there is none needs each block's parent; every block
-is looked at instead, at the speed of C (`map` and `groupby`), which pays because neighbours mostly have the same holders.
+answer is exact whatever the order of events: a hole in the middle of a chain ends the run there. A bisection only guesses
+where the last hit is, for to know that there is no hole needs each block's parent; every block before that is looked at, at
+the speed of C (`itemgetter` and `groupby`), which pays because neighbours mostly have the same holders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter, length_hint
 
 from ..bus.ids import WorkerId
 from ..bus.messages import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
@@ -27,7 +29,7 @@ class PrefixIndex:
         self._held: dict[WorkerId, set[int]] = {}
         self._free_bits: list[int] = []
         self._sets: dict[int, int] = {}  # equal sets are one object: less memory, and groupby compares identities
-        self._workers_of: dict[int, tuple[WorkerId, ...]] = {}
+        self._named = _Named(self._bits)
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -48,7 +50,7 @@ class PrefixIndex:
             self.clear(worker)
             del self._held[worker]
             self._free_bits.append(self._bits.pop(worker).bit_length() - 1)
-            self._workers_of.clear()  # The bit may be another worker's soon.
+            self._named.clear()  # The bit may be another worker's soon.
 
     def apply(self, worker: WorkerId, events: Iterable[KvEvent]) -> None:
         """Take over what changed; events of an unknown worker are ignored."""
@@ -92,32 +94,53 @@ class PrefixIndex:
 
     def hit_blocks(self, hashes: Sequence[int]) -> dict[WorkerId, int]:
         """For each worker with at least one hit, how many leading blocks of the prompt it holds."""
+        leading = self._leading(hashes)
+        if not leading:
+            return {}
+        alive, depth, named = leading[0], len(leading), self._named
         hits: dict[WorkerId, int] = {}
-        alive, depth = -1, 0  # -1: all bits
-        for holders, run in groupby(map(self._holders.get, hashes)):
-            still = alive & (holders or 0)
-            if still != alive:
-                if depth:
-                    for worker in self._named(alive & ~still):
-                        hits[worker] = depth
-                alive = still
-                if not alive:
-                    return hits
-            depth += len(list(run))
-        if depth:
-            hits.update(dict.fromkeys(self._named(alive), depth))
-        return hits
+        if leading[-1] is not alive or leading.count(alive) != depth:  # Else all of it is one run.
+            ahead = iter(leading)
+            for holders, _ in groupby(ahead):
+                still = alive & holders
+                if still != alive:
+                    run_start = depth - 1 - length_hint(ahead)  # Of the run, one has been taken.
+                    for worker in named[alive ^ still]:
+                        hits[worker] = run_start
+                    alive = still
+                    if not alive:
+                        return hits
+        ends = dict.fromkeys(named[alive], depth)
+        return hits | ends if hits else ends
 
-    def _named(self, bits: int) -> tuple[WorkerId, ...]:
-        workers = self._workers_of.get(bits)
-        if workers is None:
-            if len(self._workers_of) >= SETS_MAX:
-                self._workers_of.clear()
-            workers = tuple(worker for worker, bit in self._bits.items() if bits & bit)
-            self._workers_of[bits] = workers
-        return workers
+    def _leading(self, hashes: Sequence[int]) -> tuple[int, ...]:
+        """The holders of each block before the first that nobody holds."""
+        holders, count = self._holders, len(hashes)
+        if count and hashes[-1] not in holders:
+            count = bisect_left(hashes, True, key=lambda block_hash: block_hash not in holders)
+        while count > 1:
+            try:
+                found: tuple[int, ...] = itemgetter(*hashes[:count])(holders)
+                return found
+            except KeyError as hole:
+                count = hashes.index(hole.args[0])
+        return (holders[hashes[0]],) if count and hashes[0] in holders else ()
 
     def _sets_with_room(self) -> dict[int, int]:
         if len(self._sets) >= SETS_MAX:
             self._sets.clear()
         return self._sets
+
+
+class _Named(dict[int, tuple[WorkerId, ...]]):
+    """The workers of a holder set, remembered: a lookup is all that most sets cost."""
+
+    def __init__(self, bits: Mapping[WorkerId, int]) -> None:
+        super().__init__()
+        self._bits = bits
+
+    def __missing__(self, holders: int) -> tuple[WorkerId, ...]:
+        if len(self) >= SETS_MAX:
+            self.clear()
+        workers = self[holders] = tuple(worker for worker, bit in self._bits.items() if holders & bit)
+        return workers

@@ -79,12 +79,14 @@ class OtherRouters:
 
     def __init__(self) -> None:
         self._heard: dict[RouterId, tuple[PlacedLoad, float]] = {}
+        self._waiting: dict[WorkerId, int] | None = None  # None: another sum since
 
     def __len__(self) -> int:
         return len(self._heard)
 
     def heard(self, placed: PlacedLoad, now: float) -> set[WorkerId]:
         """Decode workers whose sum may be another one now."""
+        self._waiting = None
         before = self._heard.pop(placed.router_id, None)
         if not placed.has_left:
             self._heard[placed.router_id] = placed, now
@@ -92,6 +94,7 @@ class OtherRouters:
 
     def expire(self, now: float) -> set[WorkerId]:
         """Forget the routers that are silent."""
+        self._waiting = None
         silent = [router for router, (_, seen_s) in self._heard.items() if now - seen_s > SILENT_S]
         return {worker for router in silent for worker in self._heard.pop(router)[0].decode}
 
@@ -99,10 +102,14 @@ class OtherRouters:
         """Streams on a decode worker, and the KV blocks they may need."""
         return _sums(placed.decode.get(worker) for placed, _ in self._heard.values())
 
-    def waiting(self, lane: WorkerId = SHARED) -> tuple[int, int]:
-        """Jobs that nobody has claimed in a prefill worker's lane, or the shared one, and the tokens of their prompts."""
-        loads = (placed.lanes.get(lane) for placed, _ in self._heard.values())
-        return _sums((load.jobs, load.tokens) for load in loads if load is not None)
+    def waiting(self) -> dict[WorkerId, int]:
+        """By prefill worker, or `SHARED`: prompt tokens of jobs in its lane that nobody has claimed; none has no entry."""
+        if self._waiting is None:
+            self._waiting = {}
+            for placed, _ in self._heard.values():
+                for lane, load in placed.lanes.items():
+                    self._waiting[lane] = self._waiting.get(lane, 0) + load.tokens
+        return self._waiting
 
     def tenants(self) -> dict[str, tuple[int, int]]:
         """By tenant: prompt tokens that wait for prefill, KV blocks in flight."""

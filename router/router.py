@@ -116,7 +116,7 @@ class Router:
             rng=self._rng,
         )
         self.sharing = LoadSharing(bus, config.pool, router_id, view, lane_wait_s=config.lane_wait_s, clock=clock)
-        self.chooser.waiting_elsewhere = self.sharing.waiting_elsewhere
+        self.chooser.waiting_elsewhere = self.sharing.others.waiting
         self.gate = Gate(config.admission_limits(), view, self.sharing, metrics, clock=clock)
         self._dispatch = Dispatch(
             bus, config.pool, router_id, self.membership, metrics,

@@ -17,7 +17,7 @@ from ..bus import subjects
 from ..bus.base import Bus, Delivery
 from ..bus.ids import RouterId, WorkerId
 from ..bus.messages import PlacedLoad, decode, encode
-from .placed import SHARED, OtherRouters, PlacedJobs
+from .placed import OtherRouters, PlacedJobs
 from .view import ClusterView
 
 log = logging.getLogger(__name__)
@@ -84,10 +84,6 @@ class LoadSharing:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
-
-    def waiting_elsewhere(self, lane: WorkerId | None) -> int:
-        """Prompt tokens of other routers' jobs that nobody has claimed, in a worker's lane or (None) the shared one."""
-        return self.others.waiting(lane or SHARED)[1]
 
     def changed(self) -> None:
         """Something was placed or has ended: say so soon."""

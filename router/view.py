@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..bus.ids import WorkerId
 from ..bus.messages import Heartbeat, WorkerCard
-from .policies.base import IndexMode, PrefillView, WorkerView
+from .policies.base import IndexMode
 
 STALL_S = 3.0
 
@@ -34,7 +34,6 @@ class Member:
     others_in_flight: int = 0  # streams of the other routers on it, as they last said
     others_blocks: int = 0
     index_mode: IndexMode = "exact"
-    cold_view: WorkerView | None = None  # without a hit, as of now; None: something has changed since it was made
 
     @property
     def can_take_work(self) -> bool:
@@ -45,6 +44,8 @@ class ClusterView:
     """The members, by id, in the order of their ids."""
 
     def __init__(self, *, suspect_s: float, dead_s: float) -> None:
+        self.version = 0  # of who lives and who can take work
+        self._changed: set[WorkerId] = set()
         self._suspect_s = suspect_s
         self._dead_s = dead_s
         self._members: dict[WorkerId, Member] = {}
@@ -63,10 +64,12 @@ class ClusterView:
         member = Member(card, now, heartbeat, moved_s=now)
         self._members[card.worker_id] = member
         self._members = dict(sorted(self._members.items()))
+        self.version += 1
         return member
 
     def leave(self, worker: WorkerId) -> Member | None:
         """Forget a worker; returns what was known of it."""
+        self.version += 1
         return self._members.pop(worker, None)
 
     def heard(self, heartbeat: Heartbeat, now: float) -> bool:
@@ -74,13 +77,15 @@ class ClusterView:
         member = self._members.get(heartbeat.worker_id)
         if member is None or member.card.epoch != heartbeat.epoch:
             return False
+        before = member.can_take_work, member.is_stalled
         if not heartbeat.due or heartbeat.steps != member.heartbeat.steps:
             member.moved_s = now
         member.is_stalled = now - member.moved_s >= STALL_S
         member.heartbeat = heartbeat
-        member.cold_view = None
         member.seen_s = now
         member.is_suspect = False
+        self.version += (member.can_take_work, member.is_stalled) != before
+        self._changed.add(heartbeat.worker_id)
         return True
 
     def freeze(self, now: float) -> None:
@@ -100,6 +105,7 @@ class ClusterView:
                 dead.append(worker)
             elif silence_s >= self._suspect_s and not member.is_suspect:
                 member.is_suspect = True
+                self.version += 1
                 newly_suspect.append(worker)
         return newly_suspect, dead
 
@@ -109,21 +115,26 @@ class ClusterView:
         if member is not None and stream_id not in member.in_flight:
             member.in_flight[stream_id] = blocks
             member.in_flight_blocks += blocks
-            member.cold_view = None
+            self._changed.add(worker)
 
     def release(self, worker: WorkerId, stream_id: int) -> None:
         """The stream is not on `worker` any more."""
         member = self._members.get(worker)
         if member is not None:
             member.in_flight_blocks -= member.in_flight.pop(stream_id, 0)
-            member.cold_view = None
+            self._changed.add(worker)
 
     def trust(self, worker: WorkerId, mode: IndexMode) -> None:
         """How far the index is to be believed for `worker` from now on."""
         member = self._members.get(worker)
         if member is not None:
             member.index_mode = mode
-            member.cold_view = None
+            self._changed.add(worker)
+
+    def take_changed(self) -> set[WorkerId]:
+        """Workers that a policy may see differently than when this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def block_tokens(self, model: str) -> int:
         """Tokens in one KV block of the workers that serve `model`; 0: there are none."""
@@ -135,7 +146,7 @@ class ClusterView:
         member = self._members.get(worker)
         if member is not None:
             member.others_in_flight, member.others_blocks = streams, blocks
-            member.cold_view = None
+            self._changed.add(worker)
 
     def candidates(self, model: str, exclude: Iterable[WorkerId]) -> list[Member]:
         """Decode workers that may get a new request for `model`."""
@@ -175,50 +186,3 @@ def _moving(members: Iterable[Member]) -> list[Member]:
     if any(member.is_stalled for member in found):
         return [member for member in found if not member.is_stalled] or found
     return found
-
-
-def worker_view(member: Member, hit_blocks: int, local_prefill_tokens: int) -> WorkerView:
-    """The member as a policy sees it."""
-    if hit_blocks:
-        return _worker_view(member, hit_blocks, local_prefill_tokens)
-    cold = member.cold_view  # Most of a large pool has no hit, and to build a view takes a microsecond.
-    if cold is None or cold.local_prefill_tokens != local_prefill_tokens:
-        cold = member.cold_view = _worker_view(member, 0, local_prefill_tokens)
-    return cold
-
-
-def _worker_view(member: Member, hit_blocks: int, local_prefill_tokens: int) -> WorkerView:
-    card, heartbeat = member.card, member.heartbeat
-    return WorkerView(
-        worker_id=card.worker_id,
-        block_tokens=card.block_tokens,
-        slots=card.slots,
-        kv_blocks=card.kv_blocks,
-        can_prefill_locally=card.can_prefill_locally,
-        hit_blocks=hit_blocks,
-        in_flight=len(member.in_flight) + member.others_in_flight,
-        in_flight_blocks=member.in_flight_blocks + member.others_blocks,
-        running=heartbeat.running,
-        waiting=heartbeat.waiting,
-        kv_blocks_free=heartbeat.kv_blocks_free,
-        fingerprint=card.fingerprint,
-        local_prefill_tokens=local_prefill_tokens,
-        index_mode=member.index_mode,
-        prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
-    )
-
-
-def prefill_view(member: Member, hit_blocks: int, queued_tokens: int) -> PrefillView:
-    """A prefill worker as a policy sees it."""
-    card, heartbeat = member.card, member.heartbeat
-    return PrefillView(
-        worker_id=card.worker_id,
-        fingerprint=card.fingerprint,
-        block_tokens=card.block_tokens,
-        slots=card.slots,
-        hit_blocks=hit_blocks,
-        running=heartbeat.running,
-        waiting=heartbeat.waiting,
-        queued_tokens=queued_tokens,
-        prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
-    )

@@ -14,6 +14,7 @@ class PlacedWork:
     def __init__(self) -> None:
         self._of: dict[RequestId, tuple[WorkerId | None, int]] = {}
         self._tokens: dict[WorkerId | None, int] = {}
+        self._changed: set[WorkerId] = set()
 
     def __len__(self) -> int:
         return len(self._of)
@@ -26,7 +27,7 @@ class PlacedWork:
         """Its prompt waits for `worker`; a request that is known moves there."""
         self.done(request)
         self._of[request] = worker, tokens
-        self._tokens[worker] = self.tokens(worker) + tokens
+        self._add(worker, tokens)
 
     def claim(self, request: RequestId, worker: WorkerId, tokens: int | None = None) -> None:
         """A prefill worker computes it now, so many tokens of it where that is known; unknown requests are ignored."""
@@ -37,8 +38,17 @@ class PlacedWork:
         """It is computed, or nobody will."""
         if entry := self._of.pop(request, None):
             worker, tokens = entry
-            left = self._tokens[worker] - tokens
-            if left:
-                self._tokens[worker] = left
-            else:
-                del self._tokens[worker]
+            self._add(worker, -tokens)
+
+    def take_changed(self) -> set[WorkerId]:
+        """Workers with other tokens than when this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def _add(self, worker: WorkerId | None, tokens: int) -> None:
+        if left := self.tokens(worker) + tokens:
+            self._tokens[worker] = left
+        else:
+            self._tokens.pop(worker, None)
+        if worker is not None:
+            self._changed.add(worker)

@@ -30,8 +30,7 @@ IndexMode = Literal["exact", "catching_up", "approximate"]
 ENTRY_POINTS = "hocket.policies"
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillView:
+class PrefillView(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What a policy knows of one live prefill worker that could serve the request."""
 
     worker_id: WorkerId
@@ -45,8 +44,7 @@ class PrefillView:
     prefill_tokens_per_s: float = 0.0  # measured; 0.0: not known yet
 
 
-@dataclass(frozen=True, slots=True)
-class RequestView:
+class RequestView(msgspec.Struct, frozen=True):
     """What a policy knows of the request."""
 
     request_id: RequestId
@@ -69,8 +67,7 @@ class RequestView:
         return "local" if is_local and worker.can_prefill_locally else "remote"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
+class WorkerView(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What a policy knows of one live decode worker that serves the model."""
 
     worker_id: WorkerId
@@ -95,7 +92,8 @@ class WorkerView:
     @property
     def load(self) -> int:
         """Requests it holds: what it last said, or what we know it was given since."""
-        return max(self.running + self.waiting, self.in_flight)
+        held, in_flight = self.running + self.waiting, self.in_flight
+        return held if held > in_flight else in_flight  # Half the time of `max`, asked a few times for each worker.
 
 
 @dataclass(frozen=True, slots=True)

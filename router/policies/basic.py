@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from .base import Choice, RequestView, WorkerView
+from .spread import least_loaded
 
 
 class RoundRobin:
@@ -26,8 +27,7 @@ class LeastLoaded:
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         """Compares `load / slots`."""
-        fewest = min(worker.load / max(worker.slots, 1) for worker in workers)
-        worker = rng.choice([worker for worker in workers if worker.load / max(worker.slots, 1) == fewest])
+        worker = least_loaded(workers, rng)
         return Choice(worker.worker_id, why=f"{worker.load} of {worker.slots} slots taken")
 
 

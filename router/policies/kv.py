@@ -28,7 +28,7 @@ class KvPolicy:
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         fair = unherded(workers)
-        costs = [self._cost(request, worker) for worker in fair]
+        costs = self._costs(request.prompt_tokens, fair)
         worker = self._draw(costs, fair, rng) if self._temperature else cheapest(costs, fair, rng)
         prompt_blocks = -(-request.prompt_tokens // worker.block_tokens)
         return Choice(
@@ -37,11 +37,13 @@ class KvPolicy:
             costs={one.worker_id: {"blocks": cost} for one, cost in zip(fair, costs, strict=True)},
         )
 
-    def _cost(self, request: RequestView, worker: WorkerView) -> float:
-        prompt_blocks = -(-request.prompt_tokens // worker.block_tokens)
-        active_blocks = max(worker.kv_blocks - worker.kv_blocks_free, worker.in_flight_blocks)
-        queued_blocks = worker.local_prefill_tokens / worker.block_tokens
-        return self._hit_weight * (prompt_blocks - worker.hit_blocks) + queued_blocks + active_blocks
+    def _costs(self, prompt_tokens: int, workers: list[WorkerView]) -> list[float]:
+        return [
+            self._hit_weight * (-(-prompt_tokens // worker.block_tokens) - worker.hit_blocks)
+            + worker.local_prefill_tokens / worker.block_tokens
+            + max(worker.kv_blocks - worker.kv_blocks_free, worker.in_flight_blocks)
+            for worker in workers
+        ]
 
     def _draw(self, costs: list[float], workers: list[WorkerView], rng: random.Random) -> WorkerView:
         least, spread = min(costs), max(costs) - min(costs) or 1.0

@@ -16,8 +16,9 @@ def unherded(workers: Sequence[WorkerView]) -> list[WorkerView]:
     A policy that picks among these alone leaves no worker with more than that and one request. Dynamo's KV router has
     none of it, and was seen to use one of eight workers (its issue 737); SGLang's cache-aware policy has such a bound.
     """
-    mean = sum(worker.load for worker in workers) / len(workers)
-    return [worker for worker in workers if worker.load <= SKEW_FACTOR * mean + SKEW_REQUESTS]
+    loads = [worker.load for worker in workers]
+    most = SKEW_FACTOR * (sum(loads) / len(loads)) + SKEW_REQUESTS
+    return [worker for worker, load in zip(workers, loads, strict=True) if load <= most]
 
 
 def cheapest(costs: Sequence[float], workers: Sequence[WorkerView], rng: random.Random) -> WorkerView:
@@ -26,5 +27,11 @@ def cheapest(costs: Sequence[float], workers: Sequence[WorkerView], rng: random.
     best = [worker for worker, cost in zip(workers, costs, strict=True) if cost == least]
     if len(best) == 1:
         return best[0]
-    fewest = min(worker.load / max(worker.slots, 1) for worker in best)
-    return rng.choice([worker for worker in best if worker.load / max(worker.slots, 1) == fewest])
+    return least_loaded(best, rng)
+
+
+def least_loaded(workers: Sequence[WorkerView], rng: random.Random) -> WorkerView:
+    """The worker with the fewest requests for its slots; a tie goes to chance."""
+    shares = [worker.load / (worker.slots or 1) for worker in workers]
+    fewest = min(shares)
+    return rng.choice([worker for worker, share in zip(workers, shares, strict=True) if share == fewest])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from hocket.bus.ids import RequestId, WorkerId
 from hocket.router.policies import PrefillView, RequestView, WorkerView

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from hocket.bus.ids import RequestId, WorkerId
 from hocket.router.control_messages import Canary, Distribution, PolicyConfig
@@ -221,7 +222,7 @@ def test_a_policy_that_raises_when_it_hears_of_an_end_is_replaced_too():
 
 @pytest.mark.parametrize("policy", [LeastLoaded, KvPolicy, RoundRobin])
 def test_a_shadow_that_is_the_same_policy_always_agrees(policy: Callable[[], Policy]):
-    alike = [WorkerView(**{**{f: getattr(w, f) for f in w.__slots__}, "running": 0}) for w in WORKERS]
+    alike = [replace(worker, running=0) for worker in WORKERS]
     policies, _ = made(policy(), shadows=[policy()])
     rng = random.Random(3)
     chosen = {policies.decide(request(f"r{i}"), alike, float(i), rng)[0].worker_id for i in range(200)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import random
+import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def test_a_request_without_a_whole_block_can_be_released():
     assert chosen is not None
     pool.chooser.placed(chosen, 0.0)
     pool.chooser.released(chosen)
-    PredictedIndex().released(A, RequestId("1"), HASHES)
+    PredictedIndex().released(A, RequestId("1"))
     assert pool.hits(ask("2"), 0.1) == {}
 
 
@@ -105,7 +106,7 @@ def test_blocks_that_a_sibling_placed_since_outlive_the_request_that_failed():
     index = PredictedIndex()
     index.placed(A, RequestId("1"), HASHES, until_s=5.0, capacity=40)
     index.placed(A, RequestId("2"), HASHES[:4], until_s=5.0, capacity=40)
-    index.released(A, RequestId("1"), HASHES)
+    index.released(A, RequestId("1"))
     assert index.hit_blocks(HASHES, 1.0) == {A: 4}
 
 
@@ -118,21 +119,96 @@ def test_a_full_prediction_loses_the_oldest_prompt_first_and_its_end_before_its_
     assert index.hit_blocks(other, 1.0) == {A: 6}
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([A, B]), st.integers(0, 9), st.integers(0, 16), st.integers(0, 20))))
-def test_predictions_never_pass_their_bounds(placements: list[tuple[WorkerId, int, int, int]]):
-    index, now = PredictedIndex(blocks_max=30), 0.0
-    for worker, request, length, capacity in placements:
+class PlainPredictions:
+    """Block by block: at each worker, when it ends and whose it is, the oldest first."""
+
+    def __init__(self, blocks_max: int) -> None:
+        self.blocks_max = blocks_max
+        self.held: dict[WorkerId, dict[int, tuple[float, int]]] = {A: {}, B: {}}
+
+    def placed(self, worker: WorkerId, request: int, chain: list[int], until_s: float, capacity: int) -> None:
+        blocks = self.held[worker]
+        self.released(worker, request)
+        for block in reversed(chain[:capacity]):  # In a chain the end is older than the start.
+            blocks.pop(block, None)
+            blocks[block] = until_s, request
+        others = sum(map(len, self.held.values())) - len(blocks)
+        for block in list(blocks)[: max(0, len(blocks) - min(capacity, self.blocks_max - others))]:
+            del blocks[block]
+
+    def released(self, worker: WorkerId, request: int) -> None:
+        for block, (_, owner) in list(self.held[worker].items()):
+            if owner == request:
+                del self.held[worker][block]
+
+    def hit_blocks(self, chain: list[int], now: float) -> dict[WorkerId, int]:
+        for blocks in self.held.values():
+            for block, (until_s, _) in list(blocks.items()):
+                if until_s <= now:
+                    del blocks[block]
+        found = {
+            worker: next((place for place, block in enumerate(chain) if block not in blocks), len(chain))
+            for worker, blocks in self.held.items()
+        }
+        return {worker: depth for worker, depth in found.items() if depth}
+
+
+CHAINS = [block_hashes_of([*range(shared), *range(100 * own, 100 * own + 12 - shared)], 1) for own, shared in
+          ((1, 0), (1, 3), (2, 3), (3, 7), (4, 7), (5, 11))]  # fmt: skip
+"""Prompts of 12 blocks that share 3, 7 or 11 of them."""
+
+STEP = st.tuples(
+    st.sampled_from(["placed", "placed", "placed", "released", "removed"]),
+    st.sampled_from([A, B]),
+    st.integers(0, 5),  # request, and its prompt
+    st.integers(0, 12),  # blocks
+    st.integers(0, 20),  # that the worker has room for
+    st.sampled_from([1.0, 5.0, 20.0]),  # seconds it counts
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(STEP, max_size=40), st.sampled_from([8, 15, 100]), st.lists(st.integers(0, 12)))
+def test_predictions_equal_those_of_a_plain_list_of_blocks(
+    steps: list[tuple[str, WorkerId, int, int, int, float]], blocks_max: int, asked: list[int]
+):
+    index, model, now = PredictedIndex(blocks_max), PlainPredictions(blocks_max), 0.0
+    for number, (what, worker, request, length, capacity, ttl_s) in enumerate(steps):
         now += 0.5
-        chain = block_hashes_of(range(request, request + 64), 4)[:length]
-        index.placed(worker, RequestId(str(request)), chain, until_s=now + 5.0, capacity=capacity)
-        assert len(index) <= 30
-        hit = index.hit_blocks(chain, now).get(worker, 0)
-        assert hit <= min(length, capacity)
-        if request % 3 == 0:
-            index.released(worker, RequestId(str(request)), chain)
-    index.hit_blocks([], now + 5.0)
+        chain = CHAINS[request][:length]
+        if what == "placed":
+            index.placed(worker, RequestId(str(request)), chain, until_s=now + ttl_s, capacity=capacity)
+            model.placed(worker, request, chain, now + ttl_s, capacity)
+        elif what == "released":
+            index.released(worker, RequestId(str(request)))
+            model.released(worker, request)
+        else:
+            index.remove_worker(worker)
+            model.held[worker].clear()
+        for prompt in CHAINS:
+            length = asked[number % len(asked)] if asked else 12
+            assert index.hit_blocks(prompt[:length], now) == model.hit_blocks(prompt[:length], now)
+        assert len(index) == sum(map(len, model.held.values())) <= blocks_max
+    assert index.hit_blocks(CHAINS[0], now + 20.0) == {}
     assert len(index) == 0
+
+
+def test_prompts_that_have_ended_leave_nothing_in_memory():
+    index = PredictedIndex()
+
+    def place(first: int, prompts: int) -> int:
+        for number in range(first, first + prompts):
+            chain = block_hashes_of([*range(8), *range(number, number + 24)], 1)
+            index.placed(A, RequestId(str(number)), chain, until_s=number + 5.0, capacity=400)
+            index.hit_blocks(chain, float(number))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        few = place(1000, 100)
+        assert place(2000, 1000) < few + 20_000  # A thousand prompts are a megabyte.
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_view_of_a_worker_follows_its_load():

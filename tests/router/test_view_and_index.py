@@ -181,6 +181,31 @@ def test_the_index_equals_a_naive_model(events: list[tuple[WorkerId, KvEvent]], 
     }
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 64), min_size=1, max_size=20),
+    st.lists(st.tuples(st.integers(0, 19), st.integers(0, 63)), max_size=6),
+    st.integers(0, 64),
+)
+def test_long_prompts_are_found_to_the_first_hole_of_each_worker(
+    depths: list[int], holes: list[tuple[int, int]], asked: int
+):
+    chain = block_hashes_of(range(64), 1)
+    index, held = PrefixIndex(), {WorkerId(str(number)): set(chain[:depth]) for number, depth in enumerate(depths)}
+    for worker, blocks in held.items():
+        index.add_worker(worker)
+        index.store(worker, blocks)
+    for number, place in holes:
+        worker = WorkerId(str(number % len(depths)))
+        index.drop(worker, [chain[place]])
+        held[worker].discard(chain[place])
+    found = {
+        worker: next((place for place in range(asked) if chain[place] not in blocks), asked)
+        for worker, blocks in held.items()
+    }
+    assert index.hit_blocks(chain[:asked]) == {worker: depth for worker, depth in found.items() if depth}
+
+
 def snapshot(seq: int, hashes: set[int]) -> KvSnapshot:
     return KvSnapshot(A, 1, seq, array.array("Q", sorted(hashes)).tobytes())
 
