@@ -107,13 +107,15 @@ class SendJoin:
 
 
 class RankEndpoint(HandoffEndpointLike, Protocol):
-    """An endpoint whose layout is known."""
+    """An endpoint whose layout is known, and so which rank it is of how many."""
 
     @property
     def layout(self) -> KvLayout: ...
 
     @property
     def stats(self) -> EndpointStats: ...
+
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None: ...
 
     async def probe(self, addresses: Sequence[str], *, decode_epoch: int) -> ProbeReport: ...
 
@@ -136,7 +138,7 @@ class _Sub:
 
 
 class RankedEndpoint:
-    """The ranks of one worker that live in this process, as one endpoint. All calls on one loop."""
+    """The ranks of one worker that live in this process, all or some, as one endpoint. All calls on one loop."""
 
     def __init__(self, ranks: Sequence[RankEndpoint]) -> None:
         self._ranks = list(ranks)
@@ -169,7 +171,7 @@ class RankedEndpoint:
         pairs = [
             (index, part)
             for index, rank in enumerate(self._ranks)
-            for part in incoming(rank.layout, token, prefill_ranks, index)
+            for part in incoming(rank.layout, token, prefill_ranks, rank.layout.shape.tp_rank)
         ]
         join = ReceiveJoin(token, (part for _, part in pairs), expectation.end_token)
 
@@ -197,8 +199,12 @@ class RankedEndpoint:
         pairs = [
             (_Sub(index, key), addresses_of(order.addresses, decode_ranks, to_rank))
             for index, rank in enumerate(self._ranks)
-            for to_rank, key in outgoing(rank.layout, order.key, decode_ranks, index)
+            for to_rank, key in outgoing(rank.layout, order.key, decode_ranks, rank.layout.shape.tp_rank)
         ]
+        if not pairs:  # Another rank has the same heads and sends them.
+            on_event(SendReleased(order.key))
+            on_event(SendEnd(order.key, True, 0))
+            return
         join = SendJoin(order.key, (sub.key for sub, _ in pairs))
 
         def happened(event: SendReleased | SendEnd) -> None:
@@ -218,6 +224,12 @@ class RankedEndpoint:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].announce(sub.key, chunk)
 
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        """From any thread; see `HandoffEndpoint.gather_ahead`."""
+        subs = [sub for key in keys for sub in self._orders.get(key, ())]
+        for index, rank in enumerate(self._ranks):
+            rank.gather_ahead([sub.key for sub in subs if sub.rank == index], layer, stream)
+
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].layer_ready(sub.key, layer)
@@ -231,7 +243,8 @@ class RankedEndpoint:
         """Measure every link that a hand-off to this worker would take, one after the other. Raises as an endpoint's."""
         nobody = HandoffKey(bytes(16), 0, 0)
         probes: list[RankProbe] = []
-        for from_rank, rank in enumerate(self._ranks):
+        for rank in self._ranks:
+            from_rank = rank.layout.shape.tp_rank
             for to_rank, _ in outgoing(rank.layout, nobody, decode_ranks, from_rank):
                 share = addresses_of(addresses, decode_ranks, to_rank)
                 report = await rank.probe(share, decode_epoch=decode_epoch)

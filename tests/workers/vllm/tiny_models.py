@@ -41,6 +41,7 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", ("full",), {}),
     "ministral": Family(
         "MinistralConfig",
         "MistralForCausalLM",

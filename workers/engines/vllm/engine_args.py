@@ -78,6 +78,7 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
     arguments: dict[str, Unchecked] = {
         "model": config.model,
         "dtype": _dtype(config.dtype, is_cpu),
+        "tensor_parallel_size": config.tp,
         "block_size": config.block_tokens,
         "max_num_seqs": config.slots,
         "enable_prefix_caching": True,
@@ -106,6 +107,23 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
     if is_cpu:
         arguments["enforce_eager"] = True
     return arguments | config.engine_args
+
+
+def parallel_refusal(vllm_config: Unchecked) -> str:
+    """Why an engine that is spread over devices like this cannot hand KV off; "" when it can."""
+    parallel = vllm_config.parallel_config
+    ranks, heads = parallel.tensor_parallel_size, vllm_config.model_config.get_total_num_kv_heads()
+    for name, what in (
+        ("pipeline_parallel_size", "pipeline parallelism spreads a model's layers"),
+        ("data_parallel_size", "data parallelism makes several engines; start a worker for each instead"),
+        ("decode_context_parallel_size", "context parallelism spreads a prompt's tokens"),
+        ("prefill_context_parallel_size", "context parallelism spreads a prompt's tokens"),
+    ):
+        if (size := getattr(parallel, name, 1)) != 1:
+            return f"{name} {size}: {what}, and only tensor-parallel ranks can hand KV off yet"
+    if ranks % heads and heads % ranks:
+        return f"{heads} KV heads cannot be divided among {ranks} tensor-parallel ranks, nor copied to them evenly"
+    return ""
 
 
 def _dtype(wanted: str, is_cpu: bool) -> str:

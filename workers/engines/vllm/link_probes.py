@@ -6,7 +6,8 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
-from ....transport.endpoint import HandoffEndpoint
+import msgspec
+
 from ....transport.errors import HandoffRefused, LinkLost, TransportError
 from ....transport.ranks import RankedEndpoint, RankProbe
 from .side_channel import ProbeAsked, ProbeEnded
@@ -20,12 +21,18 @@ class ProbeQuestions:
         self._numbers = itertools.count(1)
         self._waits: dict[int, asyncio.Future[ProbeEnded]] = {}
 
-    async def ask(self, addresses: tuple[str, ...], decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
-        """Raises LinkLost, HandoffRefused."""
+    async def ask(
+        self, addresses: tuple[str, ...], decode_epoch: int, decode_ranks: int, *, ranks: int = 1
+    ) -> list[RankProbe]:
+        """Each of this engine's `ranks` in turn: they would share what is measured. Raises LinkLost, HandoffRefused."""
+        asked = (ProbeAsked(0, addresses, decode_epoch, decode_ranks, rank) for rank in range(ranks))
+        return [probe for question in asked for probe in await self._ask(question)]
+
+    async def _ask(self, question: ProbeAsked) -> tuple[RankProbe, ...]:
         number = next(self._numbers)
         answer = self._waits[number] = asyncio.get_running_loop().create_future()
         try:
-            self._send(ProbeAsked(number, addresses, decode_epoch, decode_ranks))
+            self._send(msgspec.structs.replace(question, number=number))
             ended = await answer
         finally:
             del self._waits[number]
@@ -33,7 +40,8 @@ class ProbeQuestions:
             raise HandoffRefused(ended.refusal, ended.detail)
         if ended.detail:
             raise LinkLost(ended.detail)
-        return list(ended.probes)
+        probes: tuple[RankProbe, ...] = ended.probes
+        return probes
 
     def on_ended(self, note: ProbeEnded) -> None:
         if (answer := self._waits.get(note.number)) and not answer.done():
@@ -48,8 +56,8 @@ class ProbeQuestions:
 class ProbeAnswers:
     """The side of the endpoint; on its loop."""
 
-    def __init__(self, endpoint: HandoffEndpoint, send: Callable[[ProbeEnded], None]) -> None:
-        self._endpoint = RankedEndpoint([endpoint])
+    def __init__(self, endpoint: RankedEndpoint, send: Callable[[ProbeEnded], None]) -> None:
+        self._endpoint = endpoint
         self._send = send
         self._tasks: set[asyncio.Task[None]] = set()
 
