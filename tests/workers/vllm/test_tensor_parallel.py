@@ -35,9 +35,7 @@ async def engines(folder: Path, model: str, ranks: tuple[int, int]) -> AsyncIter
     path = make_model(model, folder)
     changes = {"max_model_len": MAX_MODEL_LEN, "kv_gib": 0.0625, "engine_args": {"skip_tokenizer_init": True}}
     prefill, decode = (
-        VllmEngine(
-            engine_config(role, path, **changes, tp=tp, chunk_tokens=CHUNK_TOKENS), worker_id=role, epoch=epoch
-        )
+        VllmEngine(engine_config(role, path, **changes, tp=tp, chunk_tokens=CHUNK_TOKENS), worker_id=role, epoch=epoch)
         for role, tp, epoch in zip(("prefill", "decode"), ranks, (PREFILL_EPOCH, DECODE_EPOCH), strict=True)
     )
     try:

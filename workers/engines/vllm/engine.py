@@ -36,16 +36,17 @@ from ..base import (
     StepOutput,
 )
 from . import reaper, versions
-from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set, parallel_refusal
+from .engine_args import REPORTS_FAILED_LOADS, Identity, checked_config, engine_args, environment, environment_set
 from .handoff_counts import EndedHandoffs
 from .kv_events import Subscription
 from .kv_groups import KvGroups
 from .kv_tensors import UnfitKv
 from .link_probes import ProbeQuestions
+from .load_stats import LoadStats
 from .rank_joins import RankJoins
 from .scheduler import Open, decode_params, prefill_params
 from .side_channel import AbortSend, FrontEnd, Note, ProbeEnded, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
-from .translate import decode_sampling, prefill_sampling, step_output
+from .translate import decode_sampling, prefill_sampling, step_output, with_prompt_counts
 from .versions import Unchecked
 from .waits import cancelled, fail, on_daemon_thread, resolve, set_within
 
@@ -58,15 +59,6 @@ ABANDON_TIMEOUT_S = 5.0  # The endpoint drops a link that does not answer well b
 SIGTERM_GRACE_S = 0.5
 SHUTDOWN_S = 1.0
 REAP_S = 2.0
-
-
-@dataclass(slots=True)
-class _Stats:
-    """The last word of vLLM's scheduler."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
 
 
 @dataclass(slots=True)
@@ -96,7 +88,7 @@ class VllmEngine:
         self._info: EngineInfo | None = None
         self._layout: KvLayout | None = None
         self._reports_failed_loads = True
-        self._stats = _Stats()
+        self._stats = LoadStats()
         self._ends = _Ends()
         self._probes = ProbeQuestions(self._channel.send)
         self._numbers = itertools.count(1)
@@ -147,37 +139,15 @@ class VllmEngine:
         """On a thread: this blocks for half a minute."""
         with environment_set(environment(self._config, self._identity)):
             from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.async_llm import AsyncLLM
 
             arguments = AsyncEngineArgs(**engine_args(self._config, self._identity))
-            config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-            self._unfit = parallel_refusal(config)
-            if self._unfit:
-                raise UnfitKv(self._unfit)
-            return AsyncLLM.from_vllm_config(config, stat_loggers=[self._stat_logger()], disable_log_stats=True)
-
-    def _stat_logger(self) -> Unchecked:
-        from vllm.v1.metrics.loggers import StatLoggerBase
-
-        stats = self._stats
-
-        class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM has no stubs here.
-            """Keeps what `VllmEngine.load` tells."""
-
-            def __init__(self, vllm_config: Unchecked, engine_index: int = 0) -> None:
-                pass
-
-            def record(self, scheduler_stats: Unchecked, *_: Unchecked, **__: Unchecked) -> None:
-                if scheduler_stats is not None:
-                    stats.running = scheduler_stats.num_running_reqs
-                    stats.waiting = versions.waiting_requests(scheduler_stats)
-                    stats.kv_usage = scheduler_stats.kv_cache_usage
-
-            def log_engine_initialized(self) -> None:
-                pass
-
-        return Load
+            return AsyncLLM.from_vllm_config(
+                checked_config(arguments),
+                stat_loggers=[self._stats.logger()],
+                enable_log_requests=arguments.enable_log_requests,
+                disable_log_stats=arguments.disable_log_stats,
+            )
 
     def _start_reaper(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark, str(self._folder)]
@@ -421,7 +391,7 @@ class VllmEngine:
                 is_first = False
                 # The end was sent steps before this output, and a unix socket is read in the turn in which it is ready.
                 end = landing.result() if landing.done() else None
-                step = self._with_prompt_counts(step, len(task.token_ids), end, output.num_cached_tokens or 0)
+                step = with_prompt_counts(step, len(task.token_ids), end, output.num_cached_tokens or 0)
             on_step(step)
 
         name = f"{task.request_id}-{task.attempt}"
@@ -450,16 +420,6 @@ class VllmEngine:
         finally:
             if not task.done():
                 await cancelled(task)
-
-    def _with_prompt_counts(
-        self, step: StepOutput, prompt_tokens: int, end: ReceiveEnded | None, cached_tokens: int
-    ) -> StepOutput:
-        """vLLM counts what came from a peer as cached, and does not take back what did not arrive."""
-        if end is None:
-            return replace(step, computed_tokens=prompt_tokens - cached_tokens, cached_tokens=cached_tokens)
-        # The last one runs again to make the first token.
-        computed_tokens = max(1, prompt_tokens - end.valid_token)
-        return replace(step, computed_tokens=computed_tokens, cached_tokens=end.first_token)
 
     def _check(self, token_ids: list[int]) -> None:
         if self._dead is None or self._info is None:

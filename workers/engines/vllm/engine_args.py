@@ -13,6 +13,7 @@ import xxhash
 
 from ...config import WorkerConfig
 from . import versions
+from .kv_tensors import UnfitKv
 from .versions import Unchecked
 
 CONNECTOR_MODULE = "hocket.workers.engines.vllm.connector"
@@ -109,10 +110,20 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
     return arguments | config.engine_args
 
 
-def parallel_refusal(vllm_config: Unchecked) -> str:
+def checked_config(arguments: Unchecked) -> Unchecked:
+    """The `VllmConfig` of these `AsyncEngineArgs`. Raises UnfitKv, and for wrong arguments whatever vLLM raises."""
+    from vllm.usage.usage_lib import UsageContext
+
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if refusal := _refusal(config):
+        raise UnfitKv(refusal)
+    return config
+
+
+def _refusal(vllm_config: Unchecked) -> str:
     """Why an engine that is spread over devices like this cannot hand KV off; "" when it can."""
-    parallel = vllm_config.parallel_config
-    ranks, heads = parallel.tensor_parallel_size, vllm_config.model_config.get_total_num_kv_heads()
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    ranks, heads = parallel.tensor_parallel_size, 1 if model.use_mla else max(1, model.get_total_num_kv_heads())
     for name, what in (
         ("pipeline_parallel_size", "pipeline parallelism spreads a model's layers"),
         ("data_parallel_size", "data parallelism makes several engines; start a worker for each instead"),
