@@ -42,6 +42,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaConfig", "LlamaForCausalLM", ("full",), {}),
+    "one_head": Family("LlamaConfig", "LlamaForCausalLM", ("full",), {"num_key_value_heads": 1}),
     "ministral": Family(
         "MinistralConfig",
         "MistralForCausalLM",
