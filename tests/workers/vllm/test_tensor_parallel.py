@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
-from tiny_models import MAX_MODEL_LEN, VOCABULARY, make_model
-from vllm_rig import BLOCK_TOKENS, DECODE_EPOCH, PREFILL_EPOCH, Answer, EnginePair, engine_config
+from tp_rig import SAMPLING, Engines, assert_same, prompt_of
+from vllm_rig import BLOCK_TOKENS, DECODE_EPOCH, EnginePair
 
-from hocket.bus.messages import SamplingParams
 from hocket.transport.base import Expectation, GroupBlocks, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
 from hocket.transport.endpoint import HandoffEndpoint
 from hocket.transport.layout import KvLayout
 from hocket.transport.links.tcp import TcpTransport
 from hocket.transport.pool import HostKvPool
 from hocket.transport.ranks import RankedEndpoint
-from hocket.workers.engines.base import EngineInfo, HandoffFailed, PrefillTask
-from hocket.workers.engines.vllm.engine import VllmEngine
+from hocket.workers.engines.base import HandoffFailed, PrefillTask
 
 pytestmark = [
     pytest.mark.vllm,
@@ -37,68 +32,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-CHUNK_TOKENS = 64
 LENGTHS = (5, 31, 32, 33, 64, 65, 100, 200, 517)
 PAIRS = ((1, 2), (2, 1), (2, 2))
-SAMPLING = SamplingParams(max_tokens=8, temperature=0.0, logprobs=3, ignore_eos=True)
-LOGPROB_TOLERANCE = 2e-3
-"""Ranks add up in another order than one engine does; KV of a wrong head moves a logprob by 0.01 and more."""
 SOON_S = 20.0  # far below the hand-off's own time
 RELAY_EPOCH = 33
-
-
-def prompt_of(tokens: int, seed: int) -> list[int]:
-    source = random.Random(f"{tokens} {seed}")
-    return [source.randrange(3, VOCABULARY) for _ in range(tokens)]
-
-
-def assert_same(answer: Answer, reference: Answer) -> None:
-    assert answer.tokens == reference.tokens
-    assert len(answer.logprobs) == len(reference.logprobs) == SAMPLING.max_tokens
-    for entry, wanted in zip(answer.logprobs, reference.logprobs, strict=True):
-        assert entry.logprob == pytest.approx(wanted.logprob, abs=LOGPROB_TOLERANCE)
-
-
-@dataclass
-class Engines:
-    """One of each kind, started when it is first asked for."""
-
-    folder: Path
-    stack: AsyncExitStack
-    made: dict[tuple[str, str, int], tuple[VllmEngine, EngineInfo]]
-
-    async def pair(self, prefill_ranks: int, decode_ranks: int, *, model: str = "llama") -> EnginePair:
-        prefill, prefill_info = await self.engine("prefill", model, prefill_ranks)
-        decode, decode_info = await self.engine("decode", model, decode_ranks)
-        return EnginePair(prefill, decode, prefill_info, decode_info)
-
-    async def engine(self, role: str, model: str, ranks: int) -> tuple[VllmEngine, EngineInfo]:
-        if (role, model, ranks) not in self.made:
-            self.made[role, model, ranks] = await self.stack.enter_async_context(
-                started(self.folder, role, model, ranks)
-            )
-        return self.made[role, model, ranks]
-
-
-@asynccontextmanager
-async def started(folder: Path, role: str, model: str, ranks: int) -> AsyncIterator[tuple[VllmEngine, EngineInfo]]:
-    path = folder / model
-    if not path.exists():
-        make_model(model, path)
-    config = engine_config(
-        role,
-        path,
-        max_model_len=MAX_MODEL_LEN,
-        kv_gib=0.0625,
-        engine_args={"skip_tokenizer_init": True},
-        tp=ranks,
-        chunk_tokens=CHUNK_TOKENS,
-    )
-    engine = VllmEngine(config, worker_id=role, epoch=PREFILL_EPOCH if role == "prefill" else DECODE_EPOCH)
-    try:
-        yield engine, await engine.start()
-    finally:
-        await engine.aclose()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -221,24 +158,6 @@ async def test_every_link_of_two_ranks_is_measured(pair: EnginePair) -> None:
     )
     wanted = {(1, 2): [(0, 0), (0, 1)], (2, 1): [(0, 0), (1, 0)], (2, 2): [(0, 0), (1, 1)]}
     assert [(probe.from_rank, probe.to_rank) for probe in probes] == wanted[pair.prefill_info.tp_size, decode.tp_size]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("tokens", [33, 200])
-@pytest.mark.parametrize("model", ["one_head", "gemma3"])
-async def test_a_head_that_several_ranks_have_and_windows(
-    engines: Engines, model: str, ranks: tuple[int, int], tokens: int
-) -> None:
-    pair = await engines.pair(*ranks, model=model)
-    prompt = prompt_of(tokens, 8)
-    reference = await pair.reference(prompt, SAMPLING)
-    outcome, answer = await pair.hand_off(prompt, SAMPLING)
-    assert_same(answer, reference)
-    assert answer.computed_tokens is not None
-    assert answer.computed_tokens <= BLOCK_TOKENS
-    assert outcome.kv_bytes > 0
-    await pair.wait_blocks_free()
 
 
 # One rank's part fails: the test's own process is the other side.
