@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
+from relay import Rows, hand_off_spoilt
 from tp_rig import SAMPLING, Engines, assert_same, prompt_of
 from vllm_rig import BLOCK_TOKENS, DECODE_EPOCH, EnginePair
 
@@ -71,6 +72,23 @@ async def test_what_is_made_from_other_ranks_kv_is_what_one_engine_makes(pair: E
     # Every head once, whichever ranks have it.
     layout = pair.decode_engine.layout
     assert outcome.kv_bytes >= tokens * sum(layer.heads * layer.head_bytes for layer in layout.layers)
+
+
+async def test_every_rank_reads_its_own_part_of_the_kv(pair: EnginePair) -> None:
+    prompt = prompt_of(150, 11)
+    reference = await pair.reference(prompt, SAMPLING)
+    assert_same(await hand_off_spoilt(pair, prompt, SAMPLING, lambda rows: None), reference)
+    for head in range(2):
+        await pair.clear()
+
+        def spoil(rows: Rows, head: int = head) -> None:
+            for row in rows:
+                row.reshape(len(row), 2, -1)[-1, head] = 0  # Of the last block.
+
+        answer = await hand_off_spoilt(pair, prompt, SAMPLING, spoil)
+        with pytest.raises(AssertionError):
+            assert_same(answer, reference)
+    await pair.clear()
 
 
 async def test_ucx_takes_it_as_well(pair: EnginePair) -> None:

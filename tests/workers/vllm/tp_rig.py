@@ -19,7 +19,7 @@ from hocket.workers.engines.vllm.engine import VllmEngine
 CHUNK_TOKENS = 64
 SAMPLING = SamplingParams(max_tokens=8, temperature=0.0, logprobs=3, ignore_eos=True)
 LOGPROB_TOLERANCE = 2e-3
-"""Ranks add up in another order than one engine does; KV of a wrong head moves a logprob by 0.01 and more."""
+"""Ranks add up in another order than one engine does; one head of one block that is lost shows."""
 
 
 def prompt_of(tokens: int, seed: int) -> list[int]:

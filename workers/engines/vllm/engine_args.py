@@ -176,7 +176,7 @@ def _kv_events(identity: Identity) -> Unchecked:
 
 
 def environment(config: WorkerConfig, identity: Identity) -> dict[str, str]:
-    """What vLLM's processes must find in their environment."""
+    """What vLLM's processes must find in their environment. Raises ValueError for cores that do not fit the ranks."""
     name, _, value = identity.mark.partition("=")
     variables = {
         name: value,
@@ -192,6 +192,8 @@ def environment(config: WorkerConfig, identity: Identity) -> dict[str, str]:
     if Path(config.model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"
     if config.cpu_cores:
+        if len(config.cpu_cores.split("|")) != config.tp:
+            raise ValueError(f"cpu_cores {config.cpu_cores!r} has to name the cores of {config.tp} ranks, like 0-3|4-7")
         # vLLM's "auto" binds every engine of a machine to the same cores.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = config.cpu_cores
     return variables
