@@ -35,7 +35,7 @@ SHAPE = {
     ("settings", "kv_heads", "why"),
     [
         ({"engine_args": {"pipeline_parallel_size": 2}}, 6, "pipeline_parallel_size 2: .*only tensor-parallel ranks"),
-        ({"engine_args": {"data_parallel_size": 2}}, 6, "data_parallel_size 2: .*a worker for each"),
+        ({"engine_args": {"data_parallel_size": 2}}, 6, "data_parallel_size 2: .*each of which can be a worker"),
         ({"tp": 2}, 3, "3 KV heads cannot be divided among 2 tensor-parallel ranks"),
         ({"tp": 4}, 6, r"attention heads \(6\) must be divisible by tensor parallel size \(4\)"),
         ({"tp": 2, "cpu_cores": "0"}, 6, r"cpu_cores '0' has to name the cores of 2 ranks"),

@@ -126,12 +126,13 @@ def _refusal(vllm_config: Unchecked) -> str:
     ranks, heads = parallel.tensor_parallel_size, 1 if model.use_mla else max(1, model.get_total_num_kv_heads())
     for name, what in (
         ("pipeline_parallel_size", "pipeline parallelism spreads a model's layers"),
-        ("data_parallel_size", "data parallelism makes several engines; start a worker for each instead"),
+        ("data_parallel_size", "data parallelism makes several engines, each of which can be a worker"),
         ("decode_context_parallel_size", "context parallelism spreads a prompt's tokens"),
         ("prefill_context_parallel_size", "context parallelism spreads a prompt's tokens"),
+        ("nnodes", "the ranks are on several hosts"),
     ):
         if (size := getattr(parallel, name, 1)) != 1:
-            return f"{name} {size}: {what}, and only tensor-parallel ranks can hand KV off yet"
+            return f"{name} {size}: {what}; only tensor-parallel ranks on one host can hand KV off yet"
     if ranks % heads and heads % ranks:
         return f"{heads} KV heads cannot be divided among {ranks} tensor-parallel ranks, nor copied to them evenly"
     return ""
