@@ -7,9 +7,11 @@ what is good of it is good in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import xxhash
 
@@ -24,9 +26,14 @@ from .base import (
     SendReleased,
 )
 from .endpoint import EndpointStats
+from .errors import HandoffRefused
 from .layout import KvLayout
 from .probe import ProbeReport
 from .wire import senders_of
+
+T = TypeVar("T")
+BUSY_TRIES = 20
+BUSY_S = 0.1
 
 
 def pair_token(token: bytes, from_rank: int, to_rank: int) -> bytes:
@@ -59,6 +66,18 @@ def addresses_of(addresses: Sequence[str], ranks: int, rank: int) -> tuple[str, 
         raise ValueError(f"{len(addresses)} addresses for {ranks} ranks")
     share = len(addresses) // ranks
     return tuple(addresses[rank * share : (rank + 1) * share])
+
+
+async def probe_after_another(probe: Callable[[], Awaitable[T]]) -> T:
+    """The result of `probe`. Who measured before may just be letting go of the endpoint that is measured now, so try again."""
+    for _ in range(BUSY_TRIES):
+        try:
+            return await probe()
+        except HandoffRefused as error:
+            if error.reason != "busy":
+                raise
+            await asyncio.sleep(BUSY_S)
+    return await probe()
 
 
 class ReceiveJoin:
@@ -243,11 +262,14 @@ class RankedEndpoint:
         """Measure every link that a hand-off to this worker would take, one after the other. Raises as an endpoint's."""
         nobody = HandoffKey(bytes(16), 0, 0)
         probes: list[RankProbe] = []
+        measured: set[int] = set()
         for rank in self._ranks:
             from_rank = rank.layout.shape.tp_rank
             for to_rank, _ in outgoing(rank.layout, nobody, decode_ranks, from_rank):
                 share = addresses_of(addresses, decode_ranks, to_rank)
-                report = await rank.probe(share, decode_epoch=decode_epoch)
+                probe = partial(rank.probe, share, decode_epoch=decode_epoch)
+                report = await (probe_after_another(probe) if to_rank in measured else probe())
+                measured.add(to_rank)
                 probes.append(RankProbe(from_rank, to_rank, report))
         return probes
 

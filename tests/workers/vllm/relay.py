@@ -45,11 +45,11 @@ async def hand_off_spoilt(
     layout = pair.decode_engine.layout
     layout = msgspec.structs.replace(layout, shape=msgspec.structs.replace(layout.shape, tp_size=1, tp_rank=0))
     block_tokens = pair.decode_info.block_tokens
-    blocks = (len(prompt) - 1) // block_tokens
+    looks_back = KvGroups.of(layout)
+    end_token = looks_back.wanted_tokens(len(prompt))
+    blocks = -(-end_token // block_tokens)
     rows = [np.zeros((blocks, layout.block_bytes(layer)), np.uint8) for layer in range(len(layout.layers))]
     pool = HostKvPool(layout, rows)
-    end_token = blocks * block_tokens
-    looks_back = KvGroups.of(layout)
     firsts = [looks_back.first_kept_token(group, end_token) // block_tokens for group in range(len(layout.groups))]
     groups = tuple(GroupBlocks(first, tuple(range(first, blocks))) for first in firsts)
     endpoint = RankedEndpoint([HandoffEndpoint(pool, [TcpTransport()], worker_name="relay", epoch=RELAY_EPOCH)])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
 from ....transport.errors import HandoffRefused, LinkLost, TransportError
-from ....transport.ranks import RankedEndpoint, RankProbe
+from ....transport.ranks import RankedEndpoint, RankProbe, probe_after_another
 from .side_channel import ProbeAsked, ProbeEnded
 
 
@@ -25,8 +26,11 @@ class ProbeQuestions:
         self, addresses: tuple[str, ...], decode_epoch: int, decode_ranks: int, *, ranks: int = 1
     ) -> list[RankProbe]:
         """Each of this engine's `ranks` in turn: they would share what is measured. Raises LinkLost, HandoffRefused."""
-        asked = (ProbeAsked(0, addresses, decode_epoch, decode_ranks, rank) for rank in range(ranks))
-        return [probe for question in asked for probe in await self._ask(question)]
+        probes: list[RankProbe] = []
+        for rank in range(ranks):
+            ask = partial(self._ask, ProbeAsked(0, addresses, decode_epoch, decode_ranks, rank))
+            probes += await (probe_after_another(ask) if rank else ask())
+        return probes
 
     async def _ask(self, question: ProbeAsked) -> tuple[RankProbe, ...]:
         number = next(self._numbers)
