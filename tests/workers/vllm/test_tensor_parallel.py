@@ -8,22 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
-import msgspec
-import numpy as np
 import pytest
 import pytest_asyncio
 from relay import Rows, hand_off_spoilt
-from tp_rig import SAMPLING, Engines, assert_same, prompt_of
+from tp_rig import RELAY_EPOCH, SAMPLING, Engines, assert_same, one_rank, prompt_of, zeros_into_one_rank
 from vllm_rig import BLOCK_TOKENS, DECODE_EPOCH, EnginePair
 
 from hocket.transport.base import Expectation, GroupBlocks, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
-from hocket.transport.endpoint import HandoffEndpoint
-from hocket.transport.layout import KvLayout
-from hocket.transport.links.tcp import TcpTransport
-from hocket.transport.pool import HostKvPool
-from hocket.transport.ranks import RankedEndpoint
 from hocket.workers.engines.base import HandoffFailed, PrefillTask
 
 pytestmark = [
@@ -36,7 +29,6 @@ pytestmark = [
 LENGTHS = (5, 31, 32, 33, 64, 65, 100, 200, 517)
 PAIRS = ((1, 2), (2, 1), (2, 2))
 SOON_S = 20.0  # far below the hand-off's own time
-RELAY_EPOCH = 33
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -181,23 +173,6 @@ async def test_every_link_of_two_ranks_is_measured(pair: EnginePair) -> None:
 # One rank's part fails: the test's own process is the other side.
 
 
-def rank_pool(layout: KvLayout, rank: int) -> HostKvPool:
-    layout = msgspec.structs.replace(layout, shape=msgspec.structs.replace(layout.shape, tp_rank=rank))
-    rows = [np.zeros((8, layout.block_bytes(layer)), np.uint8) for layer in range(len(layout.layers))]
-    return HostKvPool(layout, rows)
-
-
-@asynccontextmanager
-async def one_rank(layout: KvLayout, rank: int) -> AsyncIterator[RankedEndpoint]:
-    """An endpoint that is one rank of a worker like `layout`'s."""
-    endpoint = HandoffEndpoint(rank_pool(layout, rank), [TcpTransport()], worker_name="relay", epoch=RELAY_EPOCH)
-    await endpoint.start()
-    try:
-        yield RankedEndpoint([endpoint])
-    finally:
-        await endpoint.aclose()
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 async def test_when_one_rank_gets_no_kv_the_others_do_not_wait_for_it(engines: Engines, rank: int) -> None:
     pair = await engines.pair(2, 2)
@@ -220,6 +195,19 @@ async def test_when_one_rank_gets_no_kv_the_others_do_not_wait_for_it(engines: E
         answer = await decode
     assert_same(answer, reference)
     assert answer.computed_tokens == 200
+    await pair.wait_blocks_free()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_what_has_landed_in_one_rank_is_not_used_without_the_others(engines: Engines, rank: int) -> None:
+    pair = await engines.pair(2, 2)
+    prompt, token = prompt_of(200, 12), os.urandom(16)
+    reference = await pair.reference(prompt, SAMPLING)
+    async with asyncio.timeout(SOON_S), asyncio.TaskGroup() as group:
+        decode = group.create_task(pair.decode(prompt, token, SAMPLING, timeout_s=2.0))
+        assert (await zeros_into_one_rank(pair, rank, token, len(prompt))).is_landed
+    assert_same(decode.result(), reference)
+    assert decode.result().computed_tokens == 200
     await pair.wait_blocks_free()
 
 
