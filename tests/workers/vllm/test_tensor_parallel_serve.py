@@ -22,7 +22,7 @@ from tp_rig import prompt_of
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 START_S = 300.0
 ANSWER_S = 200.0
-STOP_S = 20.0
+STOP_S = 30.0
 
 
 @asynccontextmanager
@@ -43,8 +43,12 @@ async def served(*arguments: str) -> AsyncIterator[str]:
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(STOP_S):
+        try:
+            await asyncio.wait_for(process.communicate(), STOP_S)
+        except TimeoutError:
+            process.kill()  # Its processes go with it.
             await process.communicate()
+            raise
 
 
 def free_port() -> int:
