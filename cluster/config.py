@@ -6,6 +6,7 @@ A config file has the cluster's own settings at its top, `[worker]` for every wo
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ class _WorkerTable:
     count: int
     gpus: str
     values: Mapping[str, object]
+    where: str = ""
 
 
 def _worker_tables(raw: object, given: Mapping[str, object], where: str) -> list[_WorkerTable]:
@@ -199,7 +201,7 @@ def _worker_table(table: Mapping[str, object], where: str) -> _WorkerTable:
         raise SettingsError(f'{where}: gpus: {gpus!r} is not text like "0" or "0,1"')
     if values.get("metrics_port") and count > 1:
         raise SettingsError(f"{where}: metrics_port: {count} workers cannot share one port; give each a table")
-    return _WorkerTable(str(role), count, gpus, values)
+    return _WorkerTable(str(role), count, gpus, values, where)
 
 
 def _worker_specs(base: Mapping[str, object], tables: Sequence[_WorkerTable]) -> list[WorkerSpec]:
@@ -213,25 +215,36 @@ def _worker_specs(base: Mapping[str, object], tables: Sequence[_WorkerTable]) ->
             config = msgspec.convert(
                 {**base, **table.values, "role": table.role, "worker_id": index}, WorkerConfig
             )  # It puts its role before it.
+            _check_gpus(table, config.tp)
             specs.append(WorkerSpec(name, config, {"CUDA_VISIBLE_DEVICES": table.gpus} if table.gpus else {}))
     return specs
 
 
+def _check_gpus(table: _WorkerTable, ranks: int) -> None:
+    gpus = [gpu for gpu in table.gpus.split(",") if gpu.strip()]
+    if gpus and len(gpus) != ranks:
+        raise SettingsError(
+            f"{table.where}: gpus: {table.gpus!r} names {len(gpus)}, and tp is {ranks}; each rank of an engine has its own"
+        )
+
+
 def share_cores(specs: Sequence[WorkerSpec], cores: Sequence[int]) -> list[WorkerSpec]:
-    """Give each engine that computes on the CPU its own cores, unless the config did.
+    """Give each rank of an engine that computes on the CPU its own cores, unless the config did.
 
     vLLM's own choice binds every engine of a machine to the same cores, and they then wait for each other. With cores to
-    spare one is left to the router and nats-server; with fewer cores than engines some share.
+    spare one is left to the router and nats-server; with fewer cores than ranks some share.
     """
     free = [spec for spec in specs if spec.config.engine == "vllm" and not spec.config.cpu_cores]
     if not free or not cores:
         return list(specs)
-    usable = list(cores[1:] if len(cores) > 2 * len(free) else cores)
-    per_engine = max(1, len(usable) // len(free))
+    ranks = sum(spec.config.tp for spec in free)
+    usable = list(cores[1:] if len(cores) > 2 * ranks else cores)
+    per_rank = max(1, len(usable) // ranks)
+    starts = iter([index * per_rank % len(usable) for index in range(ranks)])
     shares: dict[str, str] = {}
-    for index, spec in enumerate(free):
-        start = index * per_engine % len(usable)
-        shares[spec.name] = ",".join(str(core) for core in usable[start : start + per_engine])
+    for spec in free:
+        own = [usable[start : start + per_rank] for start in itertools.islice(starts, spec.config.tp)]
+        shares[spec.name] = "|".join(",".join(map(str, part)) for part in own)
     return [
         WorkerSpec(spec.name, msgspec.structs.replace(spec.config, cpu_cores=shares[spec.name]), spec.environment)
         if spec.name in shares

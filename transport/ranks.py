@@ -7,9 +7,11 @@ what is good of it is good in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import xxhash
 
@@ -24,9 +26,14 @@ from .base import (
     SendReleased,
 )
 from .endpoint import EndpointStats
+from .errors import HandoffRefused
 from .layout import KvLayout
 from .probe import ProbeReport
 from .wire import senders_of
+
+T = TypeVar("T")
+BUSY_TRIES = 20
+BUSY_S = 0.1
 
 
 def pair_token(token: bytes, from_rank: int, to_rank: int) -> bytes:
@@ -59,6 +66,18 @@ def addresses_of(addresses: Sequence[str], ranks: int, rank: int) -> tuple[str, 
         raise ValueError(f"{len(addresses)} addresses for {ranks} ranks")
     share = len(addresses) // ranks
     return tuple(addresses[rank * share : (rank + 1) * share])
+
+
+async def probe_after_another(probe: Callable[[], Awaitable[T]]) -> T:
+    """The result of `probe`. Who measured before may just be letting go of the endpoint that is measured now, so try again."""
+    for _ in range(BUSY_TRIES):
+        try:
+            return await probe()
+        except HandoffRefused as error:
+            if error.reason != "busy":
+                raise
+            await asyncio.sleep(BUSY_S)
+    return await probe()
 
 
 class ReceiveJoin:
@@ -107,13 +126,15 @@ class SendJoin:
 
 
 class RankEndpoint(HandoffEndpointLike, Protocol):
-    """An endpoint whose layout is known."""
+    """An endpoint whose layout is known, and so which rank it is of how many."""
 
     @property
     def layout(self) -> KvLayout: ...
 
     @property
     def stats(self) -> EndpointStats: ...
+
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None: ...
 
     async def probe(self, addresses: Sequence[str], *, decode_epoch: int) -> ProbeReport: ...
 
@@ -136,7 +157,7 @@ class _Sub:
 
 
 class RankedEndpoint:
-    """The ranks of one worker that live in this process, as one endpoint. All calls on one loop."""
+    """The ranks of one worker that live in this process, all or some, as one endpoint. All calls on one loop."""
 
     def __init__(self, ranks: Sequence[RankEndpoint]) -> None:
         self._ranks = list(ranks)
@@ -169,7 +190,7 @@ class RankedEndpoint:
         pairs = [
             (index, part)
             for index, rank in enumerate(self._ranks)
-            for part in incoming(rank.layout, token, prefill_ranks, index)
+            for part in incoming(rank.layout, token, prefill_ranks, rank.layout.shape.tp_rank)
         ]
         join = ReceiveJoin(token, (part for _, part in pairs), expectation.end_token)
 
@@ -197,8 +218,12 @@ class RankedEndpoint:
         pairs = [
             (_Sub(index, key), addresses_of(order.addresses, decode_ranks, to_rank))
             for index, rank in enumerate(self._ranks)
-            for to_rank, key in outgoing(rank.layout, order.key, decode_ranks, index)
+            for to_rank, key in outgoing(rank.layout, order.key, decode_ranks, rank.layout.shape.tp_rank)
         ]
+        if not pairs:  # Another rank has the same heads and sends them.
+            on_event(SendReleased(order.key))
+            on_event(SendEnd(order.key, True, 0))
+            return
         join = SendJoin(order.key, (sub.key for sub, _ in pairs))
 
         def happened(event: SendReleased | SendEnd) -> None:
@@ -218,6 +243,12 @@ class RankedEndpoint:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].announce(sub.key, chunk)
 
+    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+        """From any thread; see `HandoffEndpoint.gather_ahead`."""
+        subs = [sub for key in keys for sub in self._orders.get(key, ())]
+        for index, rank in enumerate(self._ranks):
+            rank.gather_ahead([sub.key for sub in subs if sub.rank == index], layer, stream)
+
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].layer_ready(sub.key, layer)
@@ -231,10 +262,14 @@ class RankedEndpoint:
         """Measure every link that a hand-off to this worker would take, one after the other. Raises as an endpoint's."""
         nobody = HandoffKey(bytes(16), 0, 0)
         probes: list[RankProbe] = []
-        for from_rank, rank in enumerate(self._ranks):
+        measured: set[int] = set()
+        for rank in self._ranks:
+            from_rank = rank.layout.shape.tp_rank
             for to_rank, _ in outgoing(rank.layout, nobody, decode_ranks, from_rank):
                 share = addresses_of(addresses, decode_ranks, to_rank)
-                report = await rank.probe(share, decode_epoch=decode_epoch)
+                probe = partial(rank.probe, share, decode_epoch=decode_epoch)
+                report = await (probe_after_another(probe) if to_rank in measured else probe())
+                measured.add(to_rank)
                 probes.append(RankProbe(from_rank, to_rank, report))
         return probes
 

@@ -26,14 +26,19 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     slots: Annotated[int, Meta(description="requests at once", ge=1, le=4096)] = 8
     block_tokens: Annotated[int, Meta(description="tokens in one KV block", ge=1, le=4096)] = 32
     kv_blocks: Annotated[int, Meta(description="KV blocks, 0: from kv_gib", ge=0)] = 0
-    kv_gib: Annotated[float, Meta(description="KV cache memory in GiB (vllm)", gt=0)] = 1.0
+    kv_gib: Annotated[float, Meta(description="KV cache memory of each rank in GiB (vllm)", gt=0)] = 1.0
     max_model_len: Annotated[
         int, Meta(description="prompt and output tokens of one request, 0: the model's own", ge=0)
     ] = 0
     chunk_tokens: Annotated[int, Meta(description="prompt tokens computed in one step (prefill)", ge=1)] = 512
-    tp: Annotated[int, Meta(description="tensor-parallel ranks of the engine", ge=1, le=64)] = 1
+    tp: Annotated[
+        int, Meta(description="tensor-parallel ranks of the engine, each on a GPU of its own", ge=1, le=64)
+    ] = 1
     dtype: Annotated[str, Meta(description="auto, float32, bfloat16 or float16")] = "auto"
-    cpu_cores: Annotated[str, Meta(description="cores the engine computes on, like 0-3 (vllm on CPU)")] = ""
+    cpu_cores: Annotated[
+        str,
+        Meta(description="cores the engine computes on, like 0-3, or those of each rank, like 0-3|4-7 (vllm on CPU)"),
+    ] = ""
     staging_mib: Annotated[
         int, Meta(description="memory for KV on its way in MiB: of the GPU, and pinned where a link needs it", ge=32)
     ] = 512

@@ -84,6 +84,8 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ),
     ({"workers": [{"role": "decode", "count": -1}]}, "f.toml [[workers]] 0: count: -1 is not a whole number"),
     ({"workers": [{"role": "decode", "gpus": 0}]}, "f.toml [[workers]] 0: gpus: 0 is not text"),
+    ({"workers": [{"role": "decode", "tp": 2, "gpus": "0"}]}, "[[workers]] 0: gpus: '0' names 1, and tp is 2"),
+    ({"worker": {"tp": 2}, "workers": [{"role": "decode", "gpus": "1,2,3"}]}, "gpus: '1,2,3' names 3, and tp is 2"),
     ({"workers": [{"role": "prefill"}]}, "f.toml: [[workers]] has no decode worker"),
     ({"workers": [{"role": "decode"}], "decode": 2}, "[[workers]] lists the workers, so decode cannot count them"),
     ({"workers": [{"role": "decode", "count": 2, "metrics_port": 9000}]}, "2 workers cannot share one port"),
@@ -146,6 +148,15 @@ def test_the_serve_defaults_agree_with_the_processes_own():
 )
 def test_engines_on_the_cpu_share_the_cores_out(cores: list[int], expected: list[str]):
     assert [spec.config.cpu_cores for spec in share_cores(plan().workers, cores)] == expected
+
+
+def test_each_rank_of_an_engine_has_a_gpu_and_cores_of_its_own():
+    tables = [{"role": "prefill", "gpus": "0"}, {"role": "decode", "tp": 2, "gpus": "1,2"}]
+    specs = share_cores(plan({"workers": tables}).workers, range(3, 10))
+    assert [(spec.config.tp, spec.environment["CUDA_VISIBLE_DEVICES"]) for spec in specs] == [(1, "0"), (2, "1,2")]
+    assert [spec.config.cpu_cores for spec in specs] == ["4,5", "6,7|8,9"]
+    specs = share_cores(plan(tp="2").workers, [0, 1])
+    assert [spec.config.cpu_cores for spec in specs] == ["0|1", "0|1"]
 
 
 def test_cores_named_by_the_config_and_simulated_engines_are_left_alone():

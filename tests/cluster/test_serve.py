@@ -126,6 +126,11 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         served.close()
 
 
+def test_workers_of_two_ranks_answer(serve: Serve):
+    served = serve("--tp", "2", "--sim-heads", "2")
+    assert ask(served.wait_ready()) == "length"
+
+
 def test_the_printed_curl_line_works_and_ctrl_c_leaves_nothing(serve: Serve):
     served = serve("--prefill", "1", "--decode", "2")
     served.wait_ready()

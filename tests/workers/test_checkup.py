@@ -59,11 +59,14 @@ async def test_a_prefill_worker_measures_its_link(cluster: Cluster, transports: 
     assert all(rate > 0 for _, rate in link.rates)
 
 
-async def test_every_pair_of_ranks_is_measured(cluster: Cluster):
-    _, prefill = await cluster.worker("prefill", tp=2, sim_heads=4)
-    _, card = await cluster.worker("decode", tp=4, sim_heads=4)
+@pytest.mark.parametrize(
+    ("tp", "pairs"), [((2, 4), [(0, 0), (0, 1), (1, 2), (1, 3)]), ((4, 2), [(0, 0), (1, 0), (2, 1), (3, 1)])]
+)
+async def test_every_pair_of_ranks_is_measured(cluster: Cluster, tp: tuple[int, int], pairs: list[tuple[int, int]]):
+    _, prefill = await cluster.worker("prefill", tp=tp[0], sim_heads=4)
+    _, card = await cluster.worker("decode", tp=tp[1], sim_heads=4)
     report = await links(cluster, prefill, card.worker_id, card.epoch)
-    assert [(link.from_rank, link.to_rank) for link in report.links] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert [(link.from_rank, link.to_rank) for link in report.links] == pairs
     assert {link.address for link in report.links} == set(card.handoff_addresses)
 
 

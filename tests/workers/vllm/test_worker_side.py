@@ -25,6 +25,7 @@ from hocket.workers.engines.vllm.side_channel import (
     Note,
     ProbeAsked,
     ProbeEnded,
+    RankFailed,
     Ready,
     ReceiveEnded,
     SendEnded,
@@ -165,6 +166,46 @@ async def test_kv_that_does_not_come_is_reported_with_its_blocks(sides: tuple[Si
     end = await decode.heard(ReceiveEnded)
     assert isinstance(end, ReceiveEnded)
     assert (end.is_landed, end.valid_token, end.reason) == (False, 0, "timeout")
+
+
+async def heard_in_time(side: Side) -> None:
+    """What was sent to this side before has been read."""
+    side.front_end.send(ProbeAsked(1, ("tcp://127.0.0.1:1",), EPOCH, 1))
+    await side.heard(ProbeEnded)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_a_receive_that_failed_in_another_rank_is_given_up_here(sides: tuple[Side, Side], is_early: bool) -> None:
+    _, decode = sides
+    expected = StepPlan(receives=[receive((7, 3, 5))])
+    if not is_early:
+        decode.hooks.begin(expected)
+    decode.front_end.send(RankFailed(TOKEN, "digest"))
+    await heard_in_time(decode)
+    if is_early:
+        decode.hooks.begin(expected)
+    assert await results_with(decode, "received") == ({"d"}, {7, 3, 5})
+    end = await decode.heard(ReceiveEnded)
+    assert isinstance(end, ReceiveEnded)
+    assert (end.is_landed, end.reason) == (False, "cancelled")
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_a_send_that_failed_in_another_rank_is_given_up_here(sides: tuple[Side, Side], is_early: bool) -> None:
+    prefill, decode = sides
+    opened = StepPlan(opens=[open_order(decode, 3)], pushes=[push(0, (1, 2))])
+    if not is_early:
+        prefill.hooks.begin(opened)
+    prefill.front_end.send(RankFailed(KEY, "link_lost"))
+    await heard_in_time(prefill)
+    if is_early:
+        prefill.hooks.begin(opened)
+    end = await prefill.heard(SendEnded)
+    assert isinstance(end, SendEnded)
+    assert (end.is_landed, end.reason) == (False, "link_lost")
+    async with asyncio.timeout(5):
+        while prefill.hooks.results({"p"}).sent != {"p"}:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_token_that_is_expected_twice_fails_the_second_request_only(sides: tuple[Side, Side]) -> None:

@@ -41,6 +41,8 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", ("full",), {}),
+    "one_head": Family("LlamaConfig", "LlamaForCausalLM", ("full",), {"num_key_value_heads": 1}),
     "ministral": Family(
         "MinistralConfig",
         "MistralForCausalLM",

@@ -22,8 +22,10 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 
 
 def engine_config(role: str, model: Path, **changes: object) -> WorkerConfig:
-    """One core for each engine, half a GiB of KV; `changes` are fields of WorkerConfig."""
+    """One core for each rank of an engine, half a GiB of KV; `changes` are fields of WorkerConfig."""
     cores = sorted(os.sched_getaffinity(0))
+    ranks = int(str(changes.get("tp", 1)))
+    own = [cores[(rank if role == "prefill" else -1 - rank) % len(cores)] for rank in range(ranks)]
     settings: dict[str, object] = {
         "role": role,
         "model": str(model),
@@ -32,7 +34,7 @@ def engine_config(role: str, model: Path, **changes: object) -> WorkerConfig:
         "kv_gib": 0.5,
         "max_model_len": MAX_MODEL_LEN,
         "chunk_tokens": CHUNK_TOKENS,
-        "cpu_cores": str(cores[0] if role == "prefill" else cores[-1]),
+        "cpu_cores": "|".join(map(str, own)),
     }
     return WorkerConfig(**{**settings, **changes})  # type: ignore[arg-type]  # Checked by the struct's own tests.
 
@@ -93,7 +95,7 @@ class EnginePair:
         self, prompt: list[int], token: bytes | None = None, sampling: SamplingParams = GREEDY, timeout_s: float = 60.0
     ) -> Answer:
         answer = Answer()
-        task = DecodeTask("r", 1, prompt, sampling, token, timeout_s)
+        task = DecodeTask("r", 1, prompt, sampling, token, timeout_s, self.prefill_info.tp_size)
         await self.decode_engine.decode(task, answer.steps.append)
         return answer
 
@@ -110,7 +112,10 @@ class EnginePair:
         key = HandoffKey(token, 1, 1)
         fingerprint = self.decode_info.fingerprint if fingerprint is None else fingerprint
         task = PrefillTask("r", key, prompt, self.addresses(scheme), epoch, fingerprint, timeout_s)
-        return await self.prefill_engine.prefill(replace(task, decode_block_tokens=self.decode_info.block_tokens))
+        decode = self.decode_info
+        return await self.prefill_engine.prefill(
+            replace(task, decode_ranks=decode.tp_size, decode_block_tokens=decode.block_tokens)
+        )
 
     async def hand_off(
         self, prompt: list[int], sampling: SamplingParams = GREEDY, *, scheme: str = "tcp"

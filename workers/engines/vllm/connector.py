@@ -83,9 +83,6 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
 
     def _check(self) -> tuple[KvGroupFacts, ...]:
         """What can be known before there is a KV cache. Raises UnfitKv, after telling the front end."""
-        parallel = self._config.parallel_config
-        if parallel.world_size != 1:
-            self._refuse(f"the engine spans {parallel.world_size} devices (TP, PP); only one can hand KV off yet")
         if self._config.speculative_config is not None:
             self._refuse("speculative decoding keeps KV of its own, which cannot be handed off yet")
         groups = versions.kv_groups(self._groups_config)

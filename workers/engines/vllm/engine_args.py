@@ -13,6 +13,7 @@ import xxhash
 
 from ...config import WorkerConfig
 from . import versions
+from .kv_tensors import UnfitKv
 from .versions import Unchecked
 
 CONNECTOR_MODULE = "hocket.workers.engines.vllm.connector"
@@ -78,6 +79,7 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
     arguments: dict[str, Unchecked] = {
         "model": config.model,
         "dtype": _dtype(config.dtype, is_cpu),
+        "tensor_parallel_size": config.tp,
         "block_size": config.block_tokens,
         "max_num_seqs": config.slots,
         "enable_prefix_caching": True,
@@ -106,6 +108,34 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
     if is_cpu:
         arguments["enforce_eager"] = True
     return arguments | config.engine_args
+
+
+def checked_config(arguments: Unchecked) -> Unchecked:
+    """The `VllmConfig` of these `AsyncEngineArgs`. Raises UnfitKv, and for wrong arguments whatever vLLM raises."""
+    from vllm.usage.usage_lib import UsageContext
+
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if refusal := _refusal(config):
+        raise UnfitKv(refusal)
+    return config
+
+
+def _refusal(vllm_config: Unchecked) -> str:
+    """Why an engine that is spread over devices like this cannot hand KV off; "" when it can."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    ranks, heads = parallel.tensor_parallel_size, 1 if model.use_mla else max(1, model.get_total_num_kv_heads())
+    for name, what in (
+        ("pipeline_parallel_size", "pipeline parallelism spreads a model's layers"),
+        ("data_parallel_size", "data parallelism makes several engines, each of which can be a worker"),
+        ("decode_context_parallel_size", "context parallelism spreads a prompt's tokens"),
+        ("prefill_context_parallel_size", "context parallelism spreads a prompt's tokens"),
+        ("nnodes", "the ranks are on several hosts"),
+    ):
+        if (size := getattr(parallel, name, 1)) != 1:
+            return f"{name} {size}: {what}; only tensor-parallel ranks on one host can hand KV off yet"
+    if ranks % heads and heads % ranks:
+        return f"{heads} KV heads cannot be divided among {ranks} tensor-parallel ranks, nor copied to them evenly"
+    return ""
 
 
 def _dtype(wanted: str, is_cpu: bool) -> str:
@@ -148,7 +178,7 @@ def _kv_events(identity: Identity) -> Unchecked:
 
 
 def environment(config: WorkerConfig, identity: Identity) -> dict[str, str]:
-    """What vLLM's processes must find in their environment."""
+    """What vLLM's processes must find in their environment. Raises ValueError for cores that do not fit the ranks."""
     name, _, value = identity.mark.partition("=")
     variables = {
         name: value,
@@ -164,6 +194,8 @@ def environment(config: WorkerConfig, identity: Identity) -> dict[str, str]:
     if Path(config.model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"
     if config.cpu_cores:
+        if len(config.cpu_cores.split("|")) != config.tp:
+            raise ValueError(f"cpu_cores {config.cpu_cores!r} has to name the cores of {config.tp} ranks, like 0-3|4-7")
         # vLLM's "auto" binds every engine of a machine to the same cores.
         variables["VLLM_CPU_OMP_THREADS_BIND"] = config.cpu_cores
     return variables

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from functools import partial
 
-from ....transport.endpoint import HandoffEndpoint
+import msgspec
+
 from ....transport.errors import HandoffRefused, LinkLost, TransportError
-from ....transport.ranks import RankedEndpoint, RankProbe
+from ....transport.ranks import RankedEndpoint, RankProbe, probe_after_another
 from .side_channel import ProbeAsked, ProbeEnded
 
 
@@ -20,12 +22,21 @@ class ProbeQuestions:
         self._numbers = itertools.count(1)
         self._waits: dict[int, asyncio.Future[ProbeEnded]] = {}
 
-    async def ask(self, addresses: tuple[str, ...], decode_epoch: int, decode_ranks: int) -> list[RankProbe]:
-        """Raises LinkLost, HandoffRefused."""
+    async def ask(
+        self, addresses: tuple[str, ...], decode_epoch: int, decode_ranks: int, *, ranks: int = 1
+    ) -> list[RankProbe]:
+        """Each of this engine's `ranks` in turn: they would share what is measured. Raises LinkLost, HandoffRefused."""
+        probes: list[RankProbe] = []
+        for rank in range(ranks):
+            ask = partial(self._ask, ProbeAsked(0, addresses, decode_epoch, decode_ranks, rank))
+            probes += await (probe_after_another(ask) if rank else ask())
+        return probes
+
+    async def _ask(self, question: ProbeAsked) -> tuple[RankProbe, ...]:
         number = next(self._numbers)
         answer = self._waits[number] = asyncio.get_running_loop().create_future()
         try:
-            self._send(ProbeAsked(number, addresses, decode_epoch, decode_ranks))
+            self._send(msgspec.structs.replace(question, number=number))
             ended = await answer
         finally:
             del self._waits[number]
@@ -33,7 +44,8 @@ class ProbeQuestions:
             raise HandoffRefused(ended.refusal, ended.detail)
         if ended.detail:
             raise LinkLost(ended.detail)
-        return list(ended.probes)
+        probes: tuple[RankProbe, ...] = ended.probes
+        return probes
 
     def on_ended(self, note: ProbeEnded) -> None:
         if (answer := self._waits.get(note.number)) and not answer.done():
@@ -48,8 +60,8 @@ class ProbeQuestions:
 class ProbeAnswers:
     """The side of the endpoint; on its loop."""
 
-    def __init__(self, endpoint: HandoffEndpoint, send: Callable[[ProbeEnded], None]) -> None:
-        self._endpoint = RankedEndpoint([endpoint])
+    def __init__(self, endpoint: RankedEndpoint, send: Callable[[ProbeEnded], None]) -> None:
+        self._endpoint = endpoint
         self._send = send
         self._tasks: set[asyncio.Task[None]] = set()
 

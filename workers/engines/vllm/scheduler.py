@@ -30,6 +30,7 @@ class Receive:
     end_token: int
     deadline_s: float  # of the machine's monotonic clock
     is_waiting: bool = True  # the request runs when it is reported as received; else it runs already
+    prefill_ranks: int = 1  # that bring it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Open:
     tokens: int  # of the prompt
     deadline_s: float
     decode_step_tokens: int  # `KvGroups.step_tokens` of the decode engine; 0: as here
+    decode_ranks: int = 1  # that `addresses` are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,20 @@ class Scheduled:
     scheduled_tokens: int
 
 
-def decode_params(task: int, token: bytes | None, attempt: int, deadline_s: float) -> dict[str, object]:
+def decode_params(
+    task: int, token: bytes | None, attempt: int, deadline_s: float, prefill_ranks: int = 1
+) -> dict[str, object]:
     """`kv_transfer_params` of a decode request; without a token it only reports its end."""
-    params: dict[str, object] = {"task": task}
-    if token is not None:
-        params |= {"do_remote_prefill": True, "token": token.hex(), "attempt": attempt, "deadline_s": deadline_s}
-    return params
+    if token is None:
+        return {"task": task}
+    return {
+        "task": task,
+        "do_remote_prefill": True,
+        "token": token.hex(),
+        "attempt": attempt,
+        "deadline_s": deadline_s,
+        "prefill_ranks": prefill_ranks,
+    }
 
 
 def prefill_params(task: int, order: Open) -> dict[str, object]:
@@ -98,6 +108,7 @@ def prefill_params(task: int, order: Open) -> dict[str, object]:
         "fingerprint": order.fingerprint,
         "deadline_s": order.deadline_s,
         "decode_step_tokens": order.decode_step_tokens,
+        "decode_ranks": order.decode_ranks,
     }
 
 
@@ -159,9 +170,9 @@ class SchedulerCore:
         first_token = end_token - external_tokens
         wanted = tuple(self._blocks_between(group, row, first_token, end_token) for group, row in enumerate(block_ids))
         token, attempt, deadline_s = _token(params), _int(params, "attempt"), _float(params, "deadline_s")
-        is_waiting = external_tokens > 0
+        is_waiting, ranks = external_tokens > 0, _int(params, "prefill_ranks")
         self._plan.receives.append(
-            Receive(request_id, token, attempt, wanted, first_token, end_token, deadline_s, is_waiting)
+            Receive(request_id, token, attempt, wanted, first_token, end_token, deadline_s, is_waiting, ranks)
         )
         self._expected[request_id] = token
         if is_waiting:
@@ -279,6 +290,7 @@ class SchedulerCore:
             prompt_tokens,
             _float(params, "deadline_s"),
             _int(params, "decode_step_tokens"),
+            _int(params, "decode_ranks"),
         )
 
 

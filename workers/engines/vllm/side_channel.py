@@ -35,7 +35,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Worker side: the KV cache is registered and the hand-off endpoint runs."""
+    """Worker side, of each tensor-parallel rank: the KV cache is registered and the hand-off endpoint runs."""
 
     addresses: tuple[str, ...]
     layout: KvLayout
@@ -49,7 +49,7 @@ class Unfit(msgspec.Struct, frozen=True, tag="unfit"):
 
 
 class SendEnded(msgspec.Struct, frozen=True, tag="send_ended"):
-    """Worker side of a prefill engine: transport.SendEnd."""
+    """Worker side of a prefill engine: transport.SendEnd of one rank."""
 
     key: HandoffKey
     is_landed: bool
@@ -58,7 +58,7 @@ class SendEnded(msgspec.Struct, frozen=True, tag="send_ended"):
 
 
 class ReceiveEnded(msgspec.Struct, frozen=True, tag="receive_ended"):
-    """Worker side of a decode engine: transport.ReceiveEnd, and what was expected."""
+    """Worker side of a decode engine: transport.ReceiveEnd of one rank, and what was expected."""
 
     token: bytes
     is_landed: bool
@@ -75,9 +75,16 @@ class TaskEnded(msgspec.Struct, frozen=True, tag="task_ended"):
 
 
 class AbortSend(msgspec.Struct, frozen=True, tag="abort_send"):
-    """Front end to worker side: give this hand-off up now."""
+    """Front end to worker side of a prefill engine: give this hand-off up now."""
 
     key: HandoffKey
+    reason: str
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="rank_failed"):
+    """Front end to worker side: another rank's part of this hand-off has failed; give yours up, also if it is yet to come."""
+
+    name: HandoffKey | bytes  # of a send; the token of a receive
     reason: str
 
 
@@ -88,6 +95,7 @@ class ProbeAsked(msgspec.Struct, frozen=True, tag="probe_asked"):
     addresses: tuple[str, ...]
     decode_epoch: int
     decode_ranks: int
+    rank: int = 0  # that is to measure its own
 
 
 class ProbeEnded(msgspec.Struct, frozen=True, tag="probe_ended"):
@@ -99,7 +107,7 @@ class ProbeEnded(msgspec.Struct, frozen=True, tag="probe_ended"):
     detail: str = ""  # without a refusal: the link was lost
 
 
-Note = Hello | Ready | Unfit | SendEnded | ReceiveEnded | TaskEnded | AbortSend | ProbeAsked | ProbeEnded
+Note = Hello | Ready | Unfit | SendEnded | ReceiveEnded | TaskEnded | AbortSend | RankFailed | ProbeAsked | ProbeEnded
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
 
@@ -142,7 +150,7 @@ class FrontEnd:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(lambda: _Peer(self._peers, self._on_note, self._on_lost), path)
 
-    def send(self, note: AbortSend | ProbeAsked) -> None:
+    def send(self, note: AbortSend | RankFailed | ProbeAsked) -> None:
         """To every worker side; does nothing when there is none."""
         frame = _frame(note)
         for peer in self._peers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ....bus.messages import (
     FINISH_CANCELLED,
@@ -15,6 +16,7 @@ from ....bus.messages import (
 )
 from ..base import BadTask, StepOutput
 from . import versions
+from .side_channel import ReceiveEnded
 from .versions import Unchecked
 
 _FINISH = {
@@ -88,6 +90,17 @@ def step_output(output: Unchecked, wanted_logprobs: int | None) -> StepOutput:
     if wanted_logprobs is not None and completion.logprobs:
         logprobs = _logprobs(token_ids, completion.logprobs, wanted_logprobs)
     return StepOutput(token_ids, finish, logprobs, stop_token)
+
+
+def with_prompt_counts(
+    step: StepOutput, prompt_tokens: int, end: ReceiveEnded | None, cached_tokens: int
+) -> StepOutput:
+    """vLLM counts what came from a peer as cached, and does not take back what did not arrive."""
+    if end is None:
+        return replace(step, computed_tokens=prompt_tokens - cached_tokens, cached_tokens=cached_tokens)
+    # The last one runs again to make the first token.
+    computed_tokens = max(1, prompt_tokens - end.valid_token)
+    return replace(step, computed_tokens=computed_tokens, cached_tokens=end.first_token)
 
 
 def _logprobs(token_ids: Sequence[int], positions: Sequence[Unchecked], count: int) -> tuple[TokenLogprob, ...]:

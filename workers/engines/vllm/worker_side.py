@@ -17,6 +17,7 @@ from ....transport.base import Expectation, HandoffKey, ReceiveEnd, SendEnd, Sen
 from ....transport.endpoint import HandoffEndpoint
 from ....transport.errors import TransportError
 from ....transport.movers import DevicePool
+from ....transport.ranks import RankedEndpoint
 from ....transport.registry import open_transports, schemes_for
 from ....transport.thread import EndpointThread
 from . import versions
@@ -24,7 +25,7 @@ from .kv_groups import KvGroups
 from .kv_tensors import ModelFacts, pool_of
 from .link_probes import ProbeAnswers
 from .scheduler import Open, Push, Receive, StepPlan
-from .side_channel import AbortSend, ConnectorEnd, Note, ProbeAsked, Ready, ReceiveEnded, SendEnded
+from .side_channel import AbortSend, ConnectorEnd, Note, ProbeAsked, RankFailed, Ready, ReceiveEnded, SendEnded
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 PREEMPTION_TIMEOUT_S = 10.0  # Twice what the endpoint takes to drop a link that does not answer.
 TIMEOUT_MIN_S = 0.05
+EARLY_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,13 @@ class StepResults:
 
 
 class WorkerSide:
-    """One instance in each vLLM worker process."""
+    """One instance in each vLLM worker process, which is one tensor-parallel rank."""
 
     def __init__(self, settings: HandoffSettings, channel: str) -> None:
         self._settings = settings
         self._thread: EndpointThread | None = None
+        self._ranked: RankedEndpoint | None = None
+        self._rank = 0
         self._probes: ProbeAnswers | None = None
         self._channel = ConnectorEnd(channel, "worker", self._on_note)
         self._layer_index: dict[str, int] = {}
@@ -80,6 +84,7 @@ class WorkerSide:
         self._results = StepResults()
         self._receiving: dict[bytes, bool] = {}  # token -> was cancelled
         self._unreported: dict[bytes, str] = {}  # failed loads that wait for their request's end: token -> request
+        self._failed_early: dict[HandoffKey | bytes, str] = {}  # in another rank, before this one began -> why
 
     @property
     def channel(self) -> ConnectorEnd:
@@ -110,8 +115,8 @@ class WorkerSide:
 
         thread = EndpointThread(make)
         addresses = thread.start()
-        self._thread = thread
-        self._probes = ProbeAnswers(thread.endpoint, self._channel.send)
+        self._thread, self._ranked, self._rank = thread, RankedEndpoint([thread.endpoint]), pool.layout.shape.tp_rank
+        self._probes = ProbeAnswers(self._ranked, self._channel.send)
         self._channel.send(Ready(addresses, pool.layout, pool.blocks))
 
     # The hooks of a step, in their order.
@@ -182,9 +187,9 @@ class WorkerSide:
         return self._groups
 
     @property
-    def _endpoint(self) -> HandoffEndpoint:
-        assert self._thread is not None, "hooks come after register"
-        return self._thread.endpoint
+    def _endpoint(self) -> RankedEndpoint:
+        assert self._ranked is not None, "hooks come after register"
+        return self._ranked
 
     def _call(self, fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         assert self._thread is not None, "hooks come after register"
@@ -206,14 +211,20 @@ class WorkerSide:
 
         def expect() -> None:
             try:
-                self._endpoint.expect(expectation, lambda end: self._on_receive_end(receive, end))
+                self._endpoint.expect(
+                    expectation,
+                    lambda end: self._on_receive_end(receive, end),
+                    prefill_ranks=receive.prefill_ranks,
+                )
             except (ValueError, IndexError, TransportError) as error:
                 log.warning("cannot expect a hand-off: %s", error)
                 self._on_receive_end(receive, ReceiveEnd(receive.token, False, receive.first_token, 0, "refused"))
 
         with self._lock:
             self._receiving[receive.token] = False
-        self._call(expect)
+            self._call(expect)
+            if self._failed_early.pop(receive.token, None) is not None:
+                self._call(self._endpoint.cancel, receive.token)
 
     def _cancel(self, token: bytes) -> None:
         with self._lock:
@@ -229,18 +240,22 @@ class WorkerSide:
         timeout_s = max(TIMEOUT_MIN_S, order.deadline_s - time.monotonic())
         send = SendOrder(order.key, order.addresses, order.decode_epoch, order.fingerprint, order.tokens, timeout_s)
         self._senders.add(order.request_id)
-        with self._lock:
-            self._release_of[order.key] = threading.Event()
 
         def open_order() -> None:
             try:
-                self._endpoint.open(send, lambda event: self._on_send_event(order, event))
+                self._endpoint.open(
+                    send, lambda event: self._on_send_event(order, event), decode_ranks=order.decode_ranks
+                )
             except (ValueError, TransportError) as error:
                 log.warning("cannot open a hand-off: %s", error)
                 self._on_send_event(order, SendReleased(order.key))
                 self._on_send_event(order, SendEnd(order.key, False, 0, f"refused:{error}"))
 
-        self._call(open_order)
+        with self._lock:
+            self._release_of[order.key] = threading.Event()
+            self._call(open_order)
+            if (reason := self._failed_early.pop(order.key, None)) is not None:
+                self._call(self._endpoint.abort, order.key, reason)
 
     # On the endpoint's thread.
 
@@ -292,18 +307,33 @@ class WorkerSide:
     def _on_note(self, note: Note) -> None:
         if self._thread is None:
             return
-        if isinstance(note, AbortSend):
-            self._call(self._endpoint.abort, note.key, note.reason)
-        elif isinstance(note, ProbeAsked) and self._probes:
-            self._call(self._probes.start, note)
+        match note:
+            case AbortSend():
+                self._call(self._endpoint.abort, note.key, note.reason)
+            case RankFailed():
+                self._give_up(note)
+            case ProbeAsked() if self._probes and note.rank == self._rank:
+                self._call(self._probes.start, note)
+
+    def _give_up(self, failed: RankFailed) -> None:
+        """Ranks take the same steps, but not at the same time: this one may be about to begin."""
+        with self._lock:
+            if failed.name not in self._receiving and failed.name not in self._release_of:
+                self._failed_early[failed.name] = failed.reason  # Or it is over.
+                if len(self._failed_early) > EARLY_MAX:
+                    del self._failed_early[next(iter(self._failed_early))]
+            if isinstance(failed.name, HandoffKey):
+                self._call(self._endpoint.abort, failed.name, failed.reason)
+            else:
+                self._call(self._endpoint.cancel, failed.name)
 
 
-def _tell_ready(endpoint: HandoffEndpoint, keys: list[HandoffKey], layer: int) -> None:
+def _tell_ready(endpoint: RankedEndpoint, keys: list[HandoffKey], layer: int) -> None:
     for key in keys:
         endpoint.layer_ready(key, layer)
 
 
-def _announce(endpoint: HandoffEndpoint, push: Push) -> None:
+def _announce(endpoint: RankedEndpoint, push: Push) -> None:
     try:
         endpoint.announce(push.key, push.chunk)
     except (ValueError, IndexError):
