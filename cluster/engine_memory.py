@@ -22,9 +22,11 @@ GRAPHS_BYTES = GIB
 UTILIZATION = 0.92  # vLLM 0.32's default; 0.26 has 0.9
 DECODE_STEP_TOKENS = 2048  # vLLM's default for AsyncLLM (SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS)
 STEPS_AT_ONCE = 2  # async scheduling: one more batch is on its way while one computes
-_MERGE_SHARE = 1.5  # vLLM 0.32, kv_cache_utils.py: kinds of layers that are about equally many make groups of equal size
+_MERGE_SHARE = (
+    1.5  # vLLM 0.32, kv_cache_utils.py: kinds of layers that are about equally many make groups of equal size
+)
 ASSUMED = (
-    f"a CUDA context {CONTEXT_BYTES / GIB:g} GiB, all-reduce buffers of tensor parallelism {GROUP_BYTES / GIB:g} GiB, CUDA graphs "
+    f"a CUDA context {CONTEXT_BYTES / GIB:g} GiB, buffers of tensor parallelism {GROUP_BYTES / GIB:g} GiB, CUDA graphs "
     f"{GRAPHS_BYTES / GIB:g} GiB (none with enforce_eager), activations of the largest step in 16 bit and logits in 32"
 )
 _KV_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "fp8_inc": 1, "bfloat16": 2, "float16": 2}
@@ -131,7 +133,8 @@ class KvRoom:
     token_bytes: int  # of a token that every layer keeps, in this rank
     block_bytes: int  # of a block of the pool, which any group may take
     blocks: int
-    request_blocks: int  # that vLLM counts for one request of the greatest length
+    start_blocks: int  # one request of the greatest length while its prompt is computed; vLLM starts with room for that
+    request_blocks: int  # what one of the greatest length holds: on decode, when its prompt came from elsewhere
 
     @property
     def requests(self) -> float:
@@ -139,20 +142,23 @@ class KvRoom:
         return self.blocks / self.request_blocks
 
 
-def kv_room(layout: KvLayout, sizes: EngineSizes) -> KvRoom:
+def kv_room(layout: KvLayout, sizes: EngineSizes, *, is_decode: bool) -> KvRoom:
     """How much fits, as vLLM counts it: groups take their blocks from one pool, and a window keeps what it can still see."""
     layers_of_group = max(sum(layer.group == group for layer in layout.layers) for group in range(len(layout.groups)))
     block_bytes = layout.block_bytes(0) * layers_of_group
     nbytes = sizes.kv_blocks * block_bytes if sizes.kv_bytes is None else sizes.kv_bytes
     blocks = max(0, (sizes.kv_blocks or nbytes // block_bytes) - 1)  # vLLM keeps block 0 for itself.
-    request_blocks = sum(_request_blocks(group, sizes) for group in layout.groups)
-    return KvRoom(nbytes, layout.token_bytes, block_bytes, blocks, request_blocks)
+    start_blocks = sum(_request_blocks(group, sizes, sizes.step_tokens) for group in layout.groups)
+    decoding = sum(_request_blocks(group, sizes, 1) for group in layout.groups)
+    return KvRoom(
+        nbytes, layout.token_bytes, block_bytes, blocks, start_blocks, decoding if is_decode else start_blocks
+    )
 
 
-def _request_blocks(group: KvGroup, sizes: EngineSizes) -> int:
+def _request_blocks(group: KvGroup, sizes: EngineSizes, step_tokens: int) -> int:
     """vLLM 0.32, v1/kv_cache_interface.py, `max_admission_blocks_per_request`."""
     tokens = sizes.context_tokens
-    on_its_way = STEPS_AT_ONCE * sizes.step_tokens
+    on_its_way = STEPS_AT_ONCE * step_tokens
     match group.kind:
         case "window":
             return math.ceil(min(group.span_tokens - 1 + on_its_way, tokens) / sizes.block_tokens) + 1
