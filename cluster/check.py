@@ -21,11 +21,11 @@ from .config import Plan, state_folder
 from .diagnosis import Finding
 from .gpus import gpus_here, named_gpus
 from .model import ModelError, NotFetched, resolve_model
-from .policy_report import table
 from .preflight import preflight
-from .preflight_facts import KvReport, MachineFacts, ModelFacts, Port, Report, WorkerReport
+from .preflight_facts import GpuReport, KvReport, MachineFacts, ModelFacts, Port, Report, WorkerReport
 from .routers import PortTaken, keep_port
 from .serve import computes_on_cpu, models_of, placed_workers
+from .tables import table
 
 GIB = 1 << 30
 LOOPBACK = "127.0.0.1"
@@ -137,9 +137,9 @@ def report_lines(report: Report) -> list[str]:
     """For a reader."""
     lines: list[str] = []
     if report.workers:
-        lines += [*_allocation(report), "", *_memory(report)]
-        if any(worker.kv for worker in report.workers):
-            lines += ["", *_kv(report.workers)]
+        lines += _allocation(report)
+        if counted := [worker for worker in report.workers if worker.kv]:
+            lines += ["", *_memory(report, counted), "", *_kv(counted)]
         lines += ["", *_port_lines(report.ports)]
     for finding in report.findings:
         lines += ["", f"{finding.severity}: {finding.where}: {finding.text}"]
@@ -152,45 +152,45 @@ def report_lines(report: Report) -> list[str]:
 def _allocation(report: Report) -> list[str]:
     head = ("worker", "engine", "GPUs", "TP", "cores", "slots")
     rows = [
-        (
-            worker.name,
-            worker.engine,
-            ",".join(worker.gpus) or "-",
-            str(worker.tp),
-            worker.cores or "any",
-            str(worker.slots),
-        )
-        for worker in report.workers
+        (one.name, one.engine, ",".join(one.gpus) or "-", str(one.tp), one.cores or "any", str(one.slots))
+        for one in report.workers
     ]
-    host = f"host: {report.cores} cores, {_gib(report.memory_bytes)} GiB of memory; workers about {_gib(report.host_bytes)} GiB"
+    host = f"host: {report.cores} cores, {_gib(report.memory_bytes)} GiB; workers about {_gib(report.host_bytes)}"
     if report.pinned_bytes:
-        host += f", of it {_gib(report.pinned_bytes)} pinned for staging where a link needs it"
-    return [*table(head, rows), host]
+        host += f", {_gib(report.pinned_bytes)} of it pinned for staging where a link needs that"
+    return [*table(head, rows, left=3), host]
 
 
-def _memory(report: Report) -> list[str]:
-    """One line for each worker that computes on GPUs, and each GPU's sum."""
-    head = ("GiB of each GPU", "weights", "KV cache", "staging", "assumed", "together")
+def _memory(report: Report, workers: Sequence[WorkerReport]) -> list[str]:
+    head = ("GiB of each GPU or host", "weights", "KV cache", "staging", "assumed", "together")
     rows = [
         (
-            worker.name, _gib(worker.weight_bytes), _gib(worker.kv_bytes), _gib(worker.staging_bytes),
-            _gib(sum(worker.assumed_bytes.values())), _gib(worker.gpu_bytes if worker.kv else None),
+            one.name, *(_gib(part) for part in (one.weight_bytes, one.kv_bytes, one.staging_bytes)),
+            _gib(sum(one.assumed_bytes.values())), _gib(one.rank_bytes),
         )
-        for worker in report.workers
+        for one in workers
     ]  # fmt: skip
     lines = table(head, rows)
-    for gpu in report.gpus:
-        free = gpu.memory_bytes - sum(gpu.workers.values())
-        who = f"{gpu.share:.0%} by {', '.join(gpu.workers)}, {_gib(free)} left" if gpu.workers else "nobody's"
-        lines.append(f"GPU {gpu.gpu} {gpu.name}, {_gib(gpu.memory_bytes)} GiB: {who}")
     if report.gpus:
-        lines.append(f"assumed: {report.assumed}")
+        lines += [*_gpu_lines(report.gpus), f"assumed: {report.assumed}"]
     return lines
+
+
+def _gpu_lines(gpus: Sequence[GpuReport]) -> Iterator[str]:
+    """One line for all that are alike."""
+    alike: dict[tuple[object, ...], list[GpuReport]] = {}
+    for gpu in gpus:
+        alike.setdefault((gpu.name, gpu.memory_bytes, tuple(gpu.workers.items())), []).append(gpu)
+    for same in alike.values():
+        one = same[0]
+        free = one.memory_bytes - sum(one.workers.values())
+        who = f"{one.share:.0%} by {' and '.join(one.workers)}, {_gib(free)} left" if one.workers else "nobody's"
+        yield f"GPU {','.join(gpu.gpu for gpu in same)} ({one.name}, {_gib(one.memory_bytes)} GiB): {who}"
 
 
 def _kv(workers: Sequence[WorkerReport]) -> list[str]:
     head = ("KV of each rank", "dtype", "groups", "KiB a token", "block", "blocks", "requests", "of tokens")
-    return table(head, [_kv_row(worker.name, worker.kv) for worker in workers if worker.kv])
+    return table(head, [_kv_row(worker.name, worker.kv) for worker in workers if worker.kv], left=3)
 
 
 def _kv_row(name: str, kv: KvReport) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def _port_lines(ports: Sequence[Port]) -> list[str]:
         )
         for port in ports
     ]  # fmt: skip
-    return table(head, rows)
+    return table(head, rows, left=4)
 
 
 def _gib(nbytes: int | None) -> str:
@@ -221,7 +221,7 @@ def report_json(report: Report) -> dict[str, object]:
     """The same for programs; bytes, and each worker's and GPU's sums beside its parts."""
     plain: dict[str, object] = msgspec.to_builtins(report)
     plain["workers"] = [
-        {**msgspec.to_builtins(worker), "gpu_bytes": worker.gpu_bytes if worker.gpus else 0}
+        {**msgspec.to_builtins(worker), "gpu_bytes": worker.rank_bytes if worker.gpus else 0}
         for worker in report.workers
     ]
     plain["gpus"] = [{**msgspec.to_builtins(gpu), "share": round(gpu.share, 4)} for gpu in report.gpus]

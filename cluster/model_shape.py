@@ -34,14 +34,19 @@ class UnknownModel(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Weights of one kind in all layers together; `nbytes` over the whole model.
+    """Weights of one kind, of all layers and over the whole model.
 
     Tensor-parallel ranks have an equal share ("split"), at least one KV head's ("kv"), or all ("whole").
     """
 
     name: str
-    nbytes: float
+    weights: int
     sharing: Sharing = "split"
+    weight_bytes: float = 0.0  # of each, scales included; 0: they are in the dtype that the model runs in
+
+    def nbytes(self, dtype: str) -> float:
+        """Of all when the model runs in this dtype."""
+        return self.weights * (self.weight_bytes or DTYPE_BYTES[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +90,14 @@ class ModelShape:
         """Of the whole model, as it lies in the files; None: not known."""
         if not self.matrices:
             return None
-        return int(sum(matrix.nbytes for matrix in self.matrices) + (self.experts.nbytes if self.experts else 0))
+        return int(sum(m.nbytes(self.dtype) for m in self.matrices) + (self.experts.nbytes if self.experts else 0))
 
-    def rank_weight_bytes(self, tp: int) -> int | None:
-        """Of each tensor-parallel rank; None: not known."""
+    def rank_weight_bytes(self, tp: int, dtype: str) -> int | None:
+        """Of each tensor-parallel rank when the model runs in this dtype; None: not known."""
         if not self.matrices:
             return None
         divisor = {"split": tp, "kv": min(tp, self.kv_heads), "whole": 1}
-        split = sum(matrix.nbytes / divisor[matrix.sharing] for matrix in self.matrices)
+        split = sum(matrix.nbytes(dtype) / divisor[matrix.sharing] for matrix in self.matrices)
         return int(split + (self.experts.rank_bytes(tp) if self.experts else 0))
 
 
@@ -179,53 +184,49 @@ def _only_kind(text: Json) -> KvGroup:
 
 def _weights(config: Json, text: Json, kind: str, head: int) -> tuple[tuple[Matrix, ...], Experts | None]:
     """Nothing where a quantization is not known here: a wrong sum is worse than none."""
-    dtype_bytes = DTYPE_BYTES.get(str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), 2)
     try:
-        widths = _Widths(config.get("quantization_config"), dtype_bytes)
+        widths = _Widths(config.get("quantization_config"))
     except UnknownModel:
         return (), None
     hidden, layers = _int(text, "hidden_size"), _int(text, "num_hidden_layers")
     queries = _int(text, "num_attention_heads") * head
     keys = (_optional(text, "num_key_value_heads") or _int(text, "num_attention_heads")) * head
-    embedding = _int(text, "vocab_size") * hidden * dtype_bytes
-    attention, kv = widths.of("self_attn.q_proj"), widths.of("self_attn.k_proj")
+    embedding = _int(text, "vocab_size") * hidden
     matrices = [
         Matrix("embedding", embedding),
-        Matrix("queries and outputs", layers * 2 * hidden * queries * attention),
-        Matrix("keys and values", layers * 2 * hidden * keys * kv, "kv"),
-        Matrix("norms", (2 * layers + 1) * hidden * dtype_bytes, "whole"),
+        Matrix("queries and outputs", layers * 2 * hidden * queries, "split", widths.of("self_attn.q_proj")),
+        Matrix("keys and values", layers * 2 * hidden * keys, "kv", widths.of("self_attn.k_proj")),
+        Matrix("norms", (2 * layers + 1) * hidden, "whole"),
     ]
     if not text.get("tie_word_embeddings", False):
         matrices.append(Matrix("output", embedding))
-    experts = None
-    if kind in _EXPERT_SIZES:
-        of_experts, experts = _expert_weights(text, kind, widths, dtype_bytes)
-        matrices += of_experts
-    else:
-        inner = _int(text, "intermediate_size")
-        matrices.append(Matrix("mlp", layers * 3 * hidden * inner * widths.of("mlp.gate_proj")))
-    return tuple(matrices), experts
+    if kind not in _EXPERT_SIZES:
+        mlp = layers * 3 * hidden * _int(text, "intermediate_size")
+        return (*matrices, Matrix("mlp", mlp, "split", widths.of("mlp.gate_proj"))), None
+    of_experts, experts = _expert_weights(text, kind, widths)
+    return (*matrices, *of_experts), experts
 
 
-def _expert_weights(text: Json, kind: str, widths: _Widths, dtype_bytes: int) -> tuple[list[Matrix], Experts | None]:
+def _expert_weights(text: Json, kind: str, widths: _Widths) -> tuple[list[Matrix], Experts | None]:
     count_name, inner_name = _EXPERT_SIZES[kind]
     hidden, inner = _int(text, "hidden_size"), _int(text, inner_name)
-    layers = _int(text, "num_hidden_layers")
-    count = layers * _int(text, count_name)
-    matrices = [Matrix("expert gates", count * hidden * dtype_bytes, "whole")]
+    count = _int(text, "num_hidden_layers") * _int(text, count_name)
+    matrices = [Matrix("expert gates", count * hidden, "whole")]
     if kind == "gpt_oss":
-        matrices.append(Matrix("expert biases", count * (2 * inner + hidden) * dtype_bytes))
+        matrices.append(Matrix("expert biases", count * (2 * inner + hidden)))
     if widths.has_mxfp4_experts:
         return matrices, Experts(count, hidden, inner)
-    return [*matrices, Matrix("experts", count * 3 * hidden * inner * widths.of("mlp.experts.0.gate_proj"))], None
+    return [
+        *matrices,
+        Matrix("experts", count * 3 * hidden * inner, "split", widths.of("mlp.experts.0.gate_proj")),
+    ], None
 
 
 class _Widths:
-    """Bytes of one weight of a linear layer, its share of the scales included, as its quantization says."""
+    """Bytes of one weight of a linear layer, its share of the scales included, as its quantization says; 0: there is none."""
 
-    def __init__(self, quantization: object, dtype_bytes: int) -> None:
-        self._dtype_bytes = float(dtype_bytes)
-        self._linear = self._dtype_bytes
+    def __init__(self, quantization: object) -> None:
+        self._linear = 0.0
         self._ignored: tuple[str, ...] = ()
         self.has_mxfp4_experts = False
         if quantization is None:
@@ -252,7 +253,7 @@ class _Widths:
     def of(self, module: str) -> float:
         """Of a module of layer 0, which stands for all layers."""
         names = (f"model.layers.0.{module}", f"model.layers.0.{module.rpartition('.')[0]}")
-        return self._dtype_bytes if any(map(self._is_ignored, names)) else self._linear
+        return 0.0 if any(map(self._is_ignored, names)) else self._linear
 
     def _is_ignored(self, name: str) -> bool:
         for pattern in self._ignored:

@@ -77,7 +77,7 @@ def _gpu_reports(
         for gpu in engine.gpus:
             index = find_gpu(gpu, machine.gpus)
             if index is not None:
-                taken[index][engine.name] = worker.gpu_bytes
+                taken[index][engine.name] = worker.rank_bytes
     return tuple(
         GpuReport(str(index), machine.gpus[index].name, machine.gpus[index].memory_bytes, of)
         for index, of in taken.items()

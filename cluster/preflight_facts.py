@@ -80,8 +80,8 @@ class WorkerReport(msgspec.Struct, frozen=True):
     kv: KvReport | None = None
 
     @property
-    def gpu_bytes(self) -> int:
-        """Of each GPU."""
+    def rank_bytes(self) -> int:
+        """Of each GPU, or of the host for each rank."""
         return (self.weight_bytes or 0) + (self.kv_bytes or 0) + self.staging_bytes + sum(self.assumed_bytes.values())
 
 
@@ -155,7 +155,7 @@ class PlannedEngine:
         )  # fmt: skip
         return msgspec.structs.replace(
             report,
-            weight_bytes=self.shape.rank_weight_bytes(tp),
+            weight_bytes=self.shape.rank_weight_bytes(tp, sizes.dtype),
             kv_bytes=room.nbytes,
             staging_bytes=config.staging_mib << 20 if self.has_gpus else 0,
             assumed_bytes=assumed_bytes(self.shape, sizes) if self.has_gpus else {},
