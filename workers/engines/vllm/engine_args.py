@@ -92,6 +92,7 @@ def size_args(config: WorkerConfig, *, is_cpu: bool) -> dict[str, Unchecked]:
     """Those of them that decide how much memory an engine takes and how much it does at once; without vLLM."""
     arguments: dict[str, Unchecked] = {
         "dtype": _dtype(config.dtype, is_cpu),
+        "tensor_parallel_size": config.tp,
         "block_size": config.block_tokens,
         "max_num_seqs": config.slots,
         "enable_prefix_caching": True,
