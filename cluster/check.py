@@ -220,9 +220,6 @@ def _gib(nbytes: int | None) -> str:
 def report_json(report: Report) -> dict[str, object]:
     """The same for programs; bytes, and each worker's and GPU's sums beside its parts."""
     plain: dict[str, object] = msgspec.to_builtins(report)
-    plain["workers"] = [
-        {**msgspec.to_builtins(worker), "gpu_bytes": worker.rank_bytes if worker.gpus else 0}
-        for worker in report.workers
-    ]
+    plain["workers"] = [{**msgspec.to_builtins(worker), "rank_bytes": worker.rank_bytes} for worker in report.workers]
     plain["gpus"] = [{**msgspec.to_builtins(gpu), "share": round(gpu.share, 4)} for gpu in report.gpus]
     return plain

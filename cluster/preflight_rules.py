@@ -185,37 +185,40 @@ def _up(gib: float) -> str:
 # ---- GPUs and what is on them
 
 
-def sharing_findings(engines: Sequence[PlannedEngine], gpus: Sequence[GpuReport]) -> Iterator[Finding]:
-    """Engines that share a GPU."""
+def sharing_findings(
+    engines: Sequence[PlannedEngine], gpus: Sequence[GpuReport], machine: MachineFacts
+) -> Iterator[Finding]:
+    """What vLLM wants to find free on each GPU when it starts, against who else is there."""
     by_name = {engine.name: engine for engine in engines}
-    for gpu in gpus:
+    for gpu, facts in zip(gpus, machine.gpus, strict=True):
         sharing = [by_name[name] for name in gpu.workers]
-        if len(sharing) < 2:
-            continue
-        names = " and ".join(engine.name for engine in sharing)
+        names = " and ".join(gpu.workers)
         wanted = sum(engine.sizes.utilization for engine in sharing if engine.sizes)
-        if wanted > 1:
+        if len(sharing) > 1 and wanted > 1:
             text = f"{names} share it, and at their start they want {wanted:.0%} of its memory together"
             advice = (
                 "give each its own, or split it: engine_args = { gpu_memory_utilization = 0.45 } and kv_gib in each"
             )
             yield fix("gpu_twice", f"GPU {gpu.gpu}", text, advice)
-        else:
+        elif len(sharing) > 1:
             yield note(
                 "gpu_shared", f"GPU {gpu.gpu}", f"{names} share it, and its time: fit for tests, not for figures"
             )
+        if machine.is_elsewhere or not sharing or facts.used_bytes <= OTHERS_BYTES:
+            continue
+        text = f"{gib(facts.used_bytes)} of it are in use now, which are not counted"
+        if facts.used_bytes <= (1 - wanted) * facts.memory_bytes:
+            yield note("gpu_used", f"GPU {gpu.gpu}", text)
+        else:
+            advice = "end what runs there, or lower engine_args.gpu_memory_utilization"
+            yield fix("gpu_used", f"GPU {gpu.gpu}", f"{text}; vLLM starts where {wanted:.0%} are free", advice)
 
 
-def memory_findings(
-    workers: Sequence[WorkerReport], gpus: Sequence[GpuReport], machine: MachineFacts
-) -> Iterator[Finding]:
+def memory_findings(workers: Sequence[WorkerReport], gpus: Sequence[GpuReport]) -> Iterator[Finding]:
     """What is on each GPU against what it has."""
     by_name = {worker.name: worker for worker in workers}
     told: set[tuple[str, ...]] = set()  # the same workers on several GPUs: once
-    for gpu, facts in zip(gpus, machine.gpus, strict=True):
-        if not machine.is_elsewhere and facts.used_bytes > OTHERS_BYTES and gpu.workers:
-            text = f"{gib(facts.used_bytes)} of it are in use now, which are not counted"
-            yield note("gpu_used", f"GPU {gpu.gpu}", text)
+    for gpu in gpus:
         here = [by_name[name] for name in gpu.workers]
         key = tuple(gpu.workers)
         if not here or key in told or any(worker.kv_bytes is None for worker in here):
