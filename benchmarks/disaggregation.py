@@ -39,6 +39,14 @@ class Pool:
 
 
 POOLS = (
+    Pool("2 x TP1", 2, 1),
+    Pool("1 x TP2", 1, 2),
+    Pool("1P TP1 + 1D TP1", 1, 1, 1),
+    Pool("2 x TP2", 2, 2),
+    Pool("1 x TP4", 1, 4),
+    Pool("2P TP1 + 1D TP2", 1, 2, 2),
+    Pool("2P TP1 + 2D TP1", 2, 1, 2),
+    Pool("3P TP1 + 1D TP1", 1, 1, 3),
     Pool("2 x TP4", 2, 4),
     Pool("4 x TP2", 4, 2),
     Pool("8 x TP1", 8, 1),
