@@ -155,7 +155,8 @@ def _allocation(report: Report) -> list[str]:
         (one.name, one.engine, ",".join(one.gpus) or "-", str(one.tp), one.cores or "any", str(one.slots))
         for one in report.workers
     ]
-    host = f"host: {report.cores} cores, {_gib(report.memory_bytes)} GiB; workers about {_gib(report.host_bytes)}"
+    host = f"host: {report.cores} cores, about {report.cores_wanted} busy; {_gib(report.memory_bytes)} GiB, "
+    host += f"workers about {_gib(report.host_bytes)}"
     if report.pinned_bytes:
         host += f", {_gib(report.pinned_bytes)} of it pinned for staging where a link needs that"
     return [*table(head, rows, left=3), host]

@@ -17,13 +17,15 @@ from .preflight_rules import (
     machine_findings,
     memory_findings,
     model_findings,
+    note,
     pair_findings,
     port_findings,
     sharing_findings,
     unfit_ranks,
 )
 
-# A GPU worker's process on the host: libraries, the front end, vLLM's core and what NCCL pins; measured on CPUs (2.4 GB), upper.
+# Of a rank on the host: its libraries, and its share of vLLM's core and of the worker's own process. 2.0 GB were measured for an
+# engine on CPUs beside its weights and KV; CUDA's libraries and NCCL pin more.
 PROCESS_BYTES = 3 << 30
 
 
@@ -48,10 +50,23 @@ def preflight(plan: Plan, machine: MachineFacts, models: Sequence[ModelFacts], p
     if not machine.is_elsewhere and machine.memory_bytes and host > machine.memory_bytes:
         text = f"the workers want {gib(host)} of host memory, the machine has {gib(machine.memory_bytes)}"
         findings.append(fix("host_memory", "this machine", text, "fewer workers, less staging_mib or kv_gib"))
+    wanted = plan.serve.processes + 1 + sum(1 + engine.config.tp for engine in engines)
+    if not machine.is_elsewhere and any(engine.has_gpus for engine in engines) and wanted > len(machine.cores):
+        text = f"{len(machine.cores)} cores for {wanted} busy processes: routers, NATS, and of each engine its core and its ranks"
+        findings.append(note("few_cores", "this machine", text, "GPUs wait where these wait for each other"))
     is_ok = not any(finding.severity == "fix" for finding in findings)
     findings.sort(key=lambda finding: finding.severity)
     return Report(
-        is_ok, tuple(findings), workers, gpus, tuple(ports), len(machine.cores), machine.memory_bytes, host, pinned
+        is_ok,
+        tuple(findings),
+        workers,
+        gpus,
+        tuple(ports),
+        cores=len(machine.cores),
+        cores_wanted=wanted,
+        memory_bytes=machine.memory_bytes,
+        host_bytes=host,
+        pinned_bytes=pinned,
     )
 
 

@@ -108,6 +108,7 @@ class Report(msgspec.Struct, frozen=True):
     gpus: tuple[GpuReport, ...] = ()
     ports: tuple[Port, ...] = ()
     cores: int = 0
+    cores_wanted: int = 0  # by processes that are busy while tokens are made
     memory_bytes: int = 0
     host_bytes: int = 0
     pinned_bytes: int = 0
@@ -124,7 +125,11 @@ class PlannedEngine:
         self.is_real = spec.config.engine == "vllm"
         self.is_cpu = self.is_real and machine.is_cpu_build and not given
         self.has_gpus = self.is_real and not self.is_cpu
-        named = [part.strip() for part in given.split(",")] if given else [str(i) for i in range(spec.config.tp)]
+        named = (
+            [part.strip() for part in given.split(",") if part.strip()]
+            if given
+            else [str(i) for i in range(spec.config.tp)]
+        )
         self.gpus = tuple(named) if self.has_gpus else ()
         self.shape = shape if self.is_real else None
         self.sizes: EngineSizes | None = None

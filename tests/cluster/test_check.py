@@ -211,6 +211,13 @@ def test_a_machine_without_vllm_or_memory_is_named():
     assert {finding.code for finding in made.findings} >= {"vllm", "host_memory", "state"}
 
 
+def test_fewer_cores_than_busy_processes_are_worth_a_word():
+    made = report(good_file(), machine(cores=tuple(range(6))))
+    assert made.is_ok
+    assert made.cores_wanted == 1 + 1 + 2 + 3  # router, NATS, one engine of a rank and one of two
+    assert [finding.code for finding in made.findings] == ["few_cores"]
+
+
 def test_engines_on_cpus_are_counted_in_host_memory():
     small = model_facts(num_hidden_layers=2, quantization_config=None, vocab_size=32000)
     file: dict[str, object] = {"model": LLAMA_70B, "workers": [{"role": "decode", "cpu_cores": "0-3,90"}]}
