@@ -185,7 +185,8 @@ def _gpu_lines(gpus: Sequence[GpuReport]) -> Iterator[str]:
     for same in alike.values():
         one = same[0]
         free = one.memory_bytes - sum(one.workers.values())
-        who = f"{one.share:.0%} by {' and '.join(one.workers)}, {_gib(free)} left" if one.workers else "nobody's"
+        left = f"{_gib(free)} left" if free >= 0 else f"{_gib(-free)} too much"
+        who = f"{one.share:.0%} by {' and '.join(one.workers)}, {left}" if one.workers else "nobody's"
         yield f"GPU {','.join(gpu.gpu for gpu in same)} ({one.name}, {_gib(one.memory_bytes)} GiB): {who}"
 
 
