@@ -1,7 +1,7 @@
 """What one engine takes of each of its GPUs, and how many requests its KV cache holds: arithmetic on what vLLM is told.
 
-Weights, KV and staging follow from the model and the settings. The rest is an assumption, an upper one for Hopper GPUs, and is
-called so wherever it is shown: `ASSUMED` says what it is made of.
+Weights, KV and staging follow from the model and the settings. The rest is an assumption, made to fit what three runs on H200s
+took (`tests/cluster/test_memory.py`: within 3 %), and is called so wherever it is shown: `ASSUMED` says what it is made of.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from .preflight_facts import GpuReport, MachineFacts, ModelFacts, PlannedEngine,
 GPU_BLOCK_TOKENS = 16  # FlashAttention's kernels take multiples of it (vLLM, get_supported_kernel_block_sizes)
 CPU_BLOCK_TOKENS = 32  # vLLM's kernels for CPUs, the same place
 IDLE_SHARE = 0.15  # of a GPU that stays empty: worth a word
+TIGHT_SHARE = 0.03  # by which the sum may be off (engine_memory.py)
 OTHERS_BYTES = GIB // 2  # on a GPU that nobody else uses, the driver's own is less
 FILES_SHARE = 0.03  # by which weights in files may differ from the sum over a config
 
@@ -234,6 +235,14 @@ def _one_gpu(gpu: GpuReport, here: Sequence[WorkerReport]) -> Iterator[Finding]:
         least = f"{room / GIB / len(here):.1f}"
         advice = f"kv_gib = {least} fits" if room > 0 else "more tensor-parallel ranks, or a smaller model"
         yield fix("gpu_memory", where, text, advice)
+    elif free < TIGHT_SHARE * gpu.memory_bytes:
+        text = f"{gib(free)} of {gib(gpu.memory_bytes)} are left, and the sum may be off by as much"
+        yield note(
+            "gpu_tight",
+            where,
+            text,
+            f"kv_gib = {(room / GIB / len(here)) - TIGHT_SHARE * gpu.memory_bytes / GIB:.1f} is safer",
+        )
     elif free > IDLE_SHARE * gpu.memory_bytes and all(worker.weight_bytes is not None for worker in here):
         text = f"{gib(free)} of {gib(gpu.memory_bytes)} stay empty"
         yield note("gpu_idle", where, text, f"kv_gib up to {room / GIB / len(here):.0f} fits")
