@@ -187,6 +187,15 @@ def test_a_gpu_that_stays_mostly_empty_is_worth_a_word():
     assert [(finding.code, finding.where) for finding in made.findings] == [("gpu_idle", "GPU 0")]
 
 
+def test_a_gpu_that_is_nearly_full_is_worth_a_word():
+    made = report(changed(prefill={"kv_gib": 66.0}))
+    assert made.is_ok
+    assert [(finding.code, finding.where) for finding in made.findings] == [("gpu_tight", "GPU 0")]
+    safer = re.fullmatch(r"kv_gib = ([\d.]+) is safer", made.findings[0].advice)
+    assert safer
+    assert report(changed(prefill={"kv_gib": float(safer[1])})).findings == ()
+
+
 def test_the_gpus_that_are_here_must_be_those_that_were_named():
     file = {**good_file(), "machine_gpus": "8xH200"}
     facts = machine(own_gpus=named_gpus("2xH100"))
