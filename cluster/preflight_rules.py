@@ -75,7 +75,7 @@ def model_findings(facts: ModelFacts, shapes: dict[str, ModelShape]) -> Iterator
         yield note("weights", facts.name, text)
     elif facts.file_bytes and abs(facts.file_bytes - total) > FILES_SHARE * total:
         text = f"its files hold {facts.file_bytes / 1e9:.1f} GB of weights, config.json describes {total / 1e9:.1f} GB"
-        yield note("weights", facts.name, text, "the smaller of the two may be what is wrong")
+        yield note("weights", facts.name, text, "a file is missing, or config.json is of another model")
 
 
 def port_findings(ports: Sequence[Port]) -> Iterator[Finding]:
