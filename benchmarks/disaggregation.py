@@ -4,7 +4,7 @@ The set-up of NVIDIA's published claim for Dynamo (+30 % on one node of 8 GPUs, 
 of an H200 and on virtual time; tensor parallelism is arithmetic (`hocket.lab.timing.tensor_parallel`). For each pool the
 number of clients is swept; a limit on the mean gap between tokens then picks the best point, TTFT up to 3 s on average.
 
-    python benchmarks/disaggregation.py [--quick] [--json FILE] [--plot FILE.svg] [--chunk-tokens 8192] [--link-gb-per-s 50]
+    python benchmarks/disaggregation.py [--profile NAME] [--quick] [--json FILE] [--plot FILE.svg] [--chunk-tokens 8192]
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ class Pool:
 
 
 POOLS = (
+    Pool("2 x TP1", 2, 1),
+    Pool("1 x TP2", 1, 2),
+    Pool("1P TP1 + 1D TP1", 1, 1, 1),
+    Pool("2 x TP2", 2, 2),
+    Pool("1 x TP4", 1, 4),
+    Pool("2P TP1 + 1D TP2", 1, 2, 2),
+    Pool("2P TP1 + 2D TP1", 2, 1, 2),
+    Pool("3P TP1 + 1D TP1", 1, 1, 3),
     Pool("2 x TP4", 2, 4),
     Pool("4 x TP2", 4, 2),
     Pool("8 x TP1", 8, 1),
@@ -53,14 +61,27 @@ POOLS = (
 )
 
 
+def _pools(text: str) -> list[Pool]:
+    return [_pool(part) for part in text.split(",")]
+
+
+def _pool(text: str) -> Pool:
+    prefill, _, decode = text.rpartition("+")
+    workers, gpus = map(int, decode.split("x"))
+    if not prefill:
+        return Pool(f"{workers} x TP{gpus}", workers, gpus)
+    prefills, prefill_gpus = map(int, prefill.split("x"))
+    return Pool(f"{prefills}P TP{prefill_gpus} + {workers}D TP{gpus}", workers, gpus, prefills, prefill_gpus)
+
+
 def point(pool: Pool, clients: int, options: argparse.Namespace) -> Row:
     """One pool under `clients` clients, each of which sends its next request when an answer ends."""
 
     def engine(gpus: int) -> Engine:
-        return Engine(profile="h200-llama-70b-fp8", tp=gpus, max_batched_tokens=options.chunk_tokens)
+        return Engine(profile=options.profile, tp=gpus, max_batched_tokens=options.chunk_tokens)
 
     requests = max(100 if options.quick else 300, clients * 6)
-    trace = synthetic(f"synthetic:poisson,requests={requests},rate=1000,prompt=3000,output=150")
+    trace = synthetic(f"synthetic:poisson,requests={requests},rate=1000,prompt={options.isl},output={options.osl}")
     scenario = Scenario(
         decode=pool.decode,
         prefill=pool.prefill,
@@ -129,16 +150,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every point there, a list of objects")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="throughput over ITL; needs matplotlib")
+    parser.add_argument("--profile", default="h200-llama-70b-fp8", help="of one GPU (h200-llama-70b-fp8)")
+    parser.add_argument("--isl", type=int, default=3000, help="tokens of a prompt (3000)")
+    parser.add_argument("--osl", type=int, default=150, help="tokens of an answer (150)")
+    pools = (
+        "only these: 8x1,2x1+3x2 are 8 workers of one GPU, and 2 prefill workers of one with 3 decode workers of two"
+    )
+    parser.add_argument("--pools", type=_pools, default=POOLS, help=pools)
     parser.add_argument("--quick", action="store_true", help="fewer clients and requests: 10 s")
     parser.add_argument("--ttft-s", type=float, default=3.0, help="mean TTFT that may not be passed (3)")
     parser.add_argument("--chunk-tokens", type=int, default=8192, help="tokens in a step (8192)")
     parser.add_argument("--link-gb-per-s", type=float, default=50.0, help="of each GPU (50: one 400 Gbit/s port)")
     options = parser.parse_args()
     clients = CLIENTS[1::3] if options.quick else CLIENTS
-    progress = Progress(len(POOLS) * len(clients))
+    progress = Progress(len(options.pools) * len(clients))
     points: list[Row] = []
     rows: list[Row] = []
-    for pool in POOLS:
+    for pool in options.pools:
         mine = []
         for count in clients:
             progress.step(f"{pool.name}, {count} clients")
@@ -151,7 +179,7 @@ def main() -> None:
     print(f"{machine()}\n{versions('hocket')}; virtual time: the machine does not matter")
     columns = {"pool": "output tokens/s per GPU at a mean ITL of at most", "gpus": "GPUs"}
     print_table(
-        f"Llama-70B FP8, 3,000 in, 150 out, mean TTFT at most {options.ttft_s:g} s",
+        f"{options.profile}, {options.isl:,} in, {options.osl:,} out, mean TTFT at most {options.ttft_s:g} s",
         columns | {str(ms): f"{ms} ms" for ms in LIMITS_MS},
         rows,
     )

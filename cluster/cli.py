@@ -76,6 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(serve, "cluster", cluster.SERVE)
     add_flags(serve, "every worker ([worker] in the file)", cluster.EVERY_WORKER)
     add_flags(serve, "router ([router] in the file)", cluster.THE_ROUTER)
+    report = serve.add_argument_group("check")
+    checked = "start nothing: print what FILE (or --config and the flags) takes of this machine and what does not fit"
+    report.add_argument("--check", metavar="FILE", nargs="?", const="", help=f"{checked} (default: no)")
+    report.add_argument("--json", action="store_true", help="with --check: print it as JSON (default: no)")
     serve.set_defaults(run=_serve)
 
     router = _command(commands, "router", "run one router, or several on one port")
@@ -194,9 +198,29 @@ def _given(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str
     return resolve(settings, flags=vars(options), environ=os.environ, file=file, where=where)
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> cluster.Plan:
     file, where = _file(options)
-    plan = cluster.plan_from(flags=vars(options), environ=os.environ, file=file, where=where)
+    return cluster.plan_from(flags=vars(options), environ=os.environ, file=file, where=where)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .check import check, refused  # As below.
+
+    options.config = options.config or options.check
+    try:
+        return check(_plan(options), as_json=options.json)
+    except SettingsError as error:
+        return refused(error, as_json=options.json)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if options.check is not None:
+        if options.check and options.config:
+            raise SettingsError("--check FILE and --config name a file each; leave one out")
+        return _check(options)
+    if options.json:
+        raise SettingsError("--json is for the report of --check; give --check FILE")
+    plan = _plan(options)
     from .model import ModelError  # Not needed for --help, and it must be fast.
     from .serve import ServeError, serve
 

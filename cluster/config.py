@@ -17,6 +17,7 @@ import msgspec
 
 from ..router.config import RouterConfig
 from ..workers.config import WorkerConfig
+from .gpus import named_gpus
 from .settings import Setting, SettingsError, refuse_unknown, resolve, settings_of
 
 Meta = msgspec.Meta
@@ -43,6 +44,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     port: Annotated[int, Meta(description="port of the API, 0: any free one", ge=0, le=65535)] = 8000
     nats: Annotated[str, Meta(description="URL of a NATS server with JetStream; default: start one here")] = ""
     pool: Annotated[str, Meta(description="pool of workers and routers that belong together")] = "main"
+    machine_gpus: Annotated[
+        str, Meta(description="GPUs of the machine this is for, like 8xH200 or 2x80GiB; --check counts with them")
+    ] = ""
     state_dir: Annotated[
         str, Meta(description="folder of logs and of the NATS server's store; default: ~/.local/state/hocket/POOL")
     ] = ""
@@ -136,6 +140,7 @@ def plan_from(
     routers = resolve(THE_ROUTER, flags=flags, environ=environ, file=router_table, where=f"{where} [router]")
     serve = msgspec.convert(given, ServeConfig)
     check_names(pool=serve.pool)
+    named_gpus(serve.machine_gpus)
     shared = {name: getattr(serve, name) for name in ("pool", "model", "served_name", "grace_s")}
     router = msgspec.convert(
         {**routers, **shared, "host": serve.host, "port": serve.port, "router_id": "router"}, RouterConfig

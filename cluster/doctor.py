@@ -33,6 +33,7 @@ from ..transport.registry import installed_schemes
 from ..workers.host_facts import host_facts
 from .config import server_here
 from .diagnosis import Finding, PairFacts, Side, best_gb_per_s, diagnose, limit_of, verdict_of
+from .tables import table
 
 ASK_S = 2.0
 DESCRIBE_S = 5.0
@@ -209,9 +210,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 def report_lines(pairs: Sequence[PairFacts], findings: Sequence[Finding]) -> list[str]:
     """A table of the links, then what was found."""
     header = ("link", "transport", "dial ms", "round trip us", "GB/s by message size", "hardware", "verdict")
-    rows = [header, *(_row(pair) for pair in pairs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = table(header, [_row(pair) for pair in pairs], left=len(header))
     for finding in findings:
         lines += ["", f"{finding.severity}: {finding.where}: {finding.text}"]
         if finding.advice:

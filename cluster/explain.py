@@ -15,7 +15,7 @@ from ..router.control_messages import (
     ReceiptAnswer,
 )
 from .ask_routers import ask_all
-from .policy_report import table
+from .tables import table
 
 
 async def find_receipt(bus: Bus, pool: str, request_id: str) -> tuple[Receipt | None, list[ReceiptAnswer]]:

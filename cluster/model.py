@@ -33,6 +33,10 @@ class ModelError(Exception):
     """There is no usable model folder; the text says why and what would help."""
 
 
+class NotFetched(ModelError):
+    """The model is not here yet, and nothing was to be fetched."""
+
+
 def model_cache() -> Path:
     """The folder that holds converted models."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -44,9 +48,14 @@ def say_on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def resolve_model(name: str, *, say: Say = say_on_stderr) -> Path:
-    """The folder of `name`: "demo", a folder, or a Hugging Face id (fetched unless cached). Raises ModelError."""
+def resolve_model(name: str, *, say: Say = say_on_stderr, fetches: bool = True) -> Path:
+    """The folder of `name`: "demo", a folder, or a Hugging Face id (fetched unless cached). Raises ModelError.
+
+    Without `fetches` what is not here raises NotFetched.
+    """
     if name == "demo":
+        if not fetches and not (model_cache() / DEMO_NAME / "config.json").is_file():
+            raise NotFetched(f"{DEMO_NAME} is not here yet; serve fetches it (93 MB)")
         return ensure_demo_model(say=say)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
@@ -55,7 +64,7 @@ def resolve_model(name: str, *, say: Say = say_on_stderr) -> Path:
         return folder.resolve()
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"no model folder {name!r}; give a folder, a Hugging Face id like org/name, or demo")
-    return _snapshot(name)
+    return _snapshot(name, fetches=fetches)
 
 
 def default_served_name(name: str, folder: Path) -> str:
@@ -64,14 +73,17 @@ def default_served_name(name: str, folder: Path) -> str:
     return name.rpartition("/")[2] if is_id else folder.name
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, *, fetches: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download  # Optional and slow to import.
     except ImportError as error:
         raise ModelError(f"fetching {name!r} needs huggingface_hub: pip install huggingface_hub, {_WAY_OUT}") from error
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetches))
     except (OSError, ValueError) as error:  # Its errors derive from these two.
+        if not fetches:
+            raise NotFetched(f"{name} is not in Hugging Face's cache here; serve fetches it") from error
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot fetch model {name!r}: {first_line}; check the name and the network, {_WAY_OUT}"

@@ -9,9 +9,9 @@ from typing import TypeVar
 import msgspec
 
 from ..router.control_messages import ArmStatus, Distribution, PolicyDocument, PolicyStatus, ShadowStatus
+from .tables import Row, table
 
 Status = TypeVar("Status", ArmStatus, ShadowStatus)
-Row = Sequence[str]
 
 
 def policy_lines(pool: str, document: PolicyDocument | None, routers: Sequence[PolicyStatus]) -> list[str]:
@@ -164,14 +164,6 @@ def _shadow_row(shadow: ShadowStatus) -> Row:
         "-" if excess is None else f"{excess:.3g}", str(shadow.raised), str(shadow.overruns),
         _us(shadow.pick_s.quantile(0.5)), _us(shadow.pick_s.quantile(0.99)),
     )  # fmt: skip
-
-
-def table(head: Row, rows: Sequence[Row]) -> list[str]:
-    """Columns as wide as they must be; the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in (head, *rows)
-    ]
 
 
 def _ms(seconds: float | None) -> str:

@@ -39,12 +39,16 @@ def reserved_port(host: str, port: int, processes: int) -> Iterator[int]:
     if processes == 1:
         yield port
         return
+    with keep_port(host, port) as kept:
+        yield kept.getsockname()[1]
+
+
+def keep_port(host: str, port: int) -> socket.socket:
+    """A socket that keeps the port from others until it is closed. Raises PortTaken."""
     try:
-        kept = _keep(host, port)
+        return _keep(host, port)
     except OSError as error:
         raise PortTaken(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another: --port") from error
-    with kept:
-        yield kept.getsockname()[1]
 
 
 def _keep(host: str, port: int) -> socket.socket:

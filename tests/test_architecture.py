@@ -48,6 +48,8 @@ DECISIONS = (
     *("workers.admission", "workers.attempts", "workers.kv_ledger", "workers.throughput"),
     *("lab.engine_model", "lab.timing", "lab.pool", "lab.prefill_queue", "lab.router_model", "lab.measure", "lab.fit"),
     *("cluster.supervision", "cluster.settings", "cluster.diagnosis", "bus.subjects", "bus.messages", "bus.block_hash"),
+    *("cluster.preflight", "cluster.preflight_rules", "cluster.preflight_facts"),
+    *("cluster.model_shape", "cluster.engine_memory"),
 )
 EFFECTS = ("asyncio", "time", "socket", "threading", "subprocess", "uuid", "secrets", "datetime")
 UNSAFE_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "yaml")

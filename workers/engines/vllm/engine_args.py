@@ -74,20 +74,29 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
     from vllm.platforms import current_platform
 
     is_cpu = current_platform.is_cpu()
-    is_prefill = config.role == "prefill"
     name, revision = model_identity(config.model)
     arguments: dict[str, Unchecked] = {
+        **size_args(config, is_cpu=is_cpu),
         "model": config.model,
-        "dtype": _dtype(config.dtype, is_cpu),
-        "tensor_parallel_size": config.tp,
-        "block_size": config.block_tokens,
-        "max_num_seqs": config.slots,
-        "enable_prefix_caching": True,
         "prefix_caching_hash_algo": "sha256_cbor",
         "use_tqdm_on_load": False,
         "disable_log_stats": True,  # vLLM's own loggers; ours stays.
         "kv_transfer_config": _kv_transfer(config, identity, name, revision),
         "kv_events_config": _kv_events(identity),
+    }
+    if config.role == "decode":
+        arguments |= versions.dense_prefix_cache()  # Else the KV that a hand-off brought is never found again.
+    return arguments | config.engine_args
+
+
+def size_args(config: WorkerConfig, *, is_cpu: bool) -> dict[str, Unchecked]:
+    """Those of them that decide how much memory an engine takes and how much it does at once; without vLLM."""
+    arguments: dict[str, Unchecked] = {
+        "dtype": _dtype(config.dtype, is_cpu),
+        "tensor_parallel_size": config.tp,
+        "block_size": config.block_tokens,
+        "max_num_seqs": config.slots,
+        "enable_prefix_caching": True,
     }
     if config.max_model_len:
         arguments["max_model_len"] = config.max_model_len
@@ -95,11 +104,9 @@ def engine_args(config: WorkerConfig, identity: Identity) -> dict[str, Unchecked
         arguments["num_gpu_blocks_override"] = config.kv_blocks + 1  # vLLM keeps block 0 for itself.
     if is_cpu or not config.kv_blocks:
         arguments["kv_cache_memory_bytes"] = int(config.kv_gib * (1 << 30))
-    if is_prefill:
+    if config.role == "prefill":
         arguments |= {"enable_chunked_prefill": True, "max_num_batched_tokens": max(config.chunk_tokens, config.slots)}
-    else:
-        arguments |= versions.dense_prefix_cache()  # Else the KV that a hand-off brought is never found again.
-    if is_cpu and not is_prefill:
+    elif is_cpu:
         # A seeded request whose prompt is computed in chunks ends a CPU engine ("CPU Generator does not use offset").
         # Without a limit given, vLLM's own budget for a step is then a whole prompt of the model's length.
         arguments["enable_chunked_prefill"] = False

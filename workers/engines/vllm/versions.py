@@ -37,6 +37,15 @@ def installed() -> tuple[str, str]:
     raise PackageNotFoundError("vllm")
 
 
+def is_installed() -> bool:
+    """Whether there is any vLLM."""
+    try:
+        installed()
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def is_supported(number: str) -> bool:
     """Whether the connector was written for this version or a later one."""
     parts = number.split(".")
