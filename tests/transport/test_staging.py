@@ -183,7 +183,7 @@ async def test_what_was_gathered_ahead_is_sent_as_it_was_then(make_side: MakeSid
     prefill.open(key, 0, decode.endpoint.addresses)
     await until(lambda: prefill.endpoint.stats.links)
     await asyncio.sleep(0.05)  # The grant comes; without it nothing is gathered ahead, and the test fails below.
-    prefill.endpoint.gather_ahead([key], 0, None)
+    prefill.endpoint.gather_ahead([key], [0], None)
     right = tokens_of(prefill.pool, 0, prefill.blocks(0)).copy()
     for block in prefill.blocks(0):
         prefill.pool.buffers([Extent(0, (block,))])[0][:] = 0
@@ -202,7 +202,7 @@ async def test_room_gathered_ahead_for_an_order_that_ends_comes_back(make_side: 
         await until(lambda: prefill.endpoint.stats.links)
         await asyncio.sleep(0.02)
         for layer in range(LAYERS):
-            prefill.endpoint.gather_ahead([key], layer, None)
+            prefill.endpoint.gather_ahead([key], range(layer + 1), None)
         prefill.endpoint.abort(key, "aborted")
         decode.endpoint.cancel(key.token)
         await until(lambda number=number: len(decode.ends.received) == number + 1)
