@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from hocket.workers.engines.vllm import versions
@@ -23,3 +25,12 @@ def test_what_vllm_raises_for_a_wrong_parameter_is_a_client_error() -> None:
     vllm = pytest.importorskip("vllm")
     with pytest.raises(versions.client_errors()):
         vllm.SamplingParams(temperature=-1.0)
+
+
+def test_kv_tensors_come_in_the_order_in_which_their_layers_are_computed() -> None:
+    names = [f"model.layers.{index}.self_attn.attn" for index in range(6)]
+    compilation = SimpleNamespace(static_forward_context=dict.fromkeys(["other", *names]))
+    grouped = {name: object() for name in (*names[0::3], *names[1::3], *names[2::3], "draft")}  # as 0.26 lists them
+    found = versions.in_forward_order(SimpleNamespace(compilation_config=compilation), grouped)
+    assert list(found) == [*names, "draft"]
+    assert found == grouped
