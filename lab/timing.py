@@ -116,6 +116,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: int
     hidden: int  # width of the model
     weight_bytes: int
+    step_bytes: int = 0  # of them read by a step of one token; 0: all. A mixture of experts reads more with every token
     max_batched_tokens: int = 8192
     slots: int = 256
     notes: tuple[str, ...] = ()
@@ -142,7 +143,7 @@ def tensor_parallel(profile: Profile, gpus: int) -> Profile:
             f"profile {profile.name!r} is of {profile.gpus} GPUs already; --tp divides one of a single GPU"
         )
     c, n, reductions = profile.coefficients, gpus, 2 * profile.layers
-    reading_us = min(profile.weight_bytes / HBM_BYTES_PER_US, c.step_us)
+    reading_us = min((profile.step_bytes or profile.weight_bytes) / HBM_BYTES_PER_US, c.step_us)
     token_us = reductions * 2 * profile.hidden * 2 * (n - 1) / n / NVLINK_BYTES_PER_US
     room = profile.kv_tokens * profile.kv_bytes_per_token + profile.weight_bytes
     return msgspec.structs.replace(
