@@ -17,16 +17,16 @@ def register() -> None:
     """Called by vLLM in each of its processes."""
     if not os.environ.get("SPREAD_DUMMY_WEIGHTS"):
         return
-    from vllm.model_executor.model_loader import dummy_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-    original = dummy_loader.initialize_dummy_weights
+    load_weights = DummyModelLoader.load_weights
 
-    def spread(model: Any, *args: Any, **kwargs: Any) -> None:  # vLLM and torch: no types here
-        original(model, *args, **kwargs)
+    def spread(self: Any, model: Any, model_config: Any) -> None:  # vLLM and torch: no types here
+        load_weights(self, model, model_config)
         for name, weight in model.state_dict().items():
             _spread(name, weight)
 
-    dummy_loader.initialize_dummy_weights = spread
+    DummyModelLoader.load_weights = spread
 
 
 def _spread(name: str, weight: Any) -> None:
