@@ -17,12 +17,14 @@ def register() -> None:
     """Called by vLLM in each of its processes."""
     if not os.environ.get("SPREAD_DUMMY_WEIGHTS"):
         return
+    import torch
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     load_weights = DummyModelLoader.load_weights
 
     def spread(self: Any, model: Any, model_config: Any) -> None:  # vLLM and torch: no types here
         load_weights(self, model, model_config)
+        torch.manual_seed(0)  # the same in every engine
         for name, weight in model.state_dict().items():
             _spread(name, weight)
 
