@@ -89,6 +89,7 @@ async def test_a_hand_off_is_exact_and_gives_every_slot_back(sides: tuple[Side, 
     assert received.is_landed
     assert sent.is_landed
     assert is_exact(prefill, decode)
+    assert sent.kv_bytes == received.kv_bytes == len(FROM) * LAYERS * prefill.pool.layout.block_bytes(0)
     assert decode.endpoint.stats.links == {"cuda_ipc://dialler": "cuda_ipc(shared memory)"}
     assert decode.has_all_slots, "a receiver of lent slots needs none"
 
