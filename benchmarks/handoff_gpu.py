@@ -241,7 +241,7 @@ class LayerSource(HandoffSource):
         return ended
 
     def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: torch.cuda.Stream | None) -> None:
-        self.endpoint.gather_ahead([self.key], layer, stream)
+        self.endpoint.gather_ahead([self.key], range(layer + 1), stream)
         loop.call_soon_threadsafe(self.endpoint.layer_ready, self.key, layer)
 
     def _compute(self, loop: asyncio.AbstractEventLoop) -> float:

@@ -57,7 +57,11 @@ class Target:
 
     def body(self, seed: int, isl: int, osl: int) -> bytes:
         """A greedy request that always has `osl` tokens."""
-        fields = {"model": self.model, "prompt": self.prompt(seed, isl), "max_tokens": osl, "temperature": 0}
+        return self.body_of(self.prompt(seed, isl), osl)
+
+    def body_of(self, ids: list[int], osl: int) -> bytes:
+        """The same for a prompt of these ids."""
+        fields = {"model": self.model, "prompt": ids, "max_tokens": osl, "temperature": 0}
         return json.dumps(fields | {"ignore_eos": True, "stream": True}).encode()
 
 

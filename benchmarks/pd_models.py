@@ -54,6 +54,52 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, **more: obje
     return {**_LLAMA, **sizes, "num_attention_heads": heads, **more}
 
 
+_GPT_OSS_120B: Config = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "swiglu_limit": 7.0,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "experts_per_token": 4,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072,
+    "initial_context_length": 4096,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+    "eos_token_id": 200002,
+    "pad_token_id": 199999,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
+}
+
+
 SHAPES: dict[str, Config] = {
     "llama-8b": _llama(4096, 14336, 32, 32),
     "llama-70b-fp8": _llama(8192, 28672, 80, 64, quantization_config=_FP8_DYNAMIC),
@@ -62,7 +108,13 @@ SHAPES: dict[str, Config] = {
         2048, 5632, 12, 16, architectures=["MistralForCausalLM"], model_type="ministral", sliding_window=128,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 4, vocab_size=32000,
     ),
+    "gpt-oss-120b": _GPT_OSS_120B,
     "llama-1b": _llama(2048, 8192, 16, 32, head_dim=64, vocab_size=32000),
+    "tiny-windows": _llama(
+        128, 256, 6, 2, head_dim=64, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=4096, sliding_window=64,
+        architectures=["MistralForCausalLM"], model_type="ministral",
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
     "tiny": _llama(128, 256, 2, 2, head_dim=64, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=4096),
 }  # fmt: skip
 
@@ -70,6 +122,11 @@ SHAPES: dict[str, Config] = {
 def vocabulary(folder: Path) -> int:
     """How many ids the model has."""
     return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether every layer looks back over the whole prompt."""
+    return "layer_types" not in json.loads((folder / "config.json").read_text())
 
 
 def has_weights(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measure import Row, cpu_s
+from measure import Row, cpu_s, process_tree, rss_mib
 
 HERE = Path(__file__).parent
 STOP_S = 25.0
@@ -59,6 +59,7 @@ class System:
     pids: dict[str, int]  # whose CPU is counted
     model: str
     gpus: int
+    engines: int  # behind one port
     budget_file: Path
     trace: Path
     bus_url_file: Path | None = None
@@ -75,6 +76,15 @@ class System:
     def cpu(self, window_s: float) -> Row:
         """Share of a core of each watched process since `start_clocks`."""
         return {f"cpu_{name}": (cpu_s(pid) - self._cpu[name]) / window_s for name, pid in self.pids.items()}
+
+    def memory(self) -> Row:
+        """Of each watched process with all of its children: resident memory (MiB) and open descriptors."""
+        row: Row = {}
+        for name, pid in self.pids.items():
+            tree = process_tree(pid)
+            row[f"rss_mib_{name}"] = sum(rss_mib(one) for one in tree)
+            row[f"fds_{name}"] = sum(len(list(Path(f"/proc/{one}/fd").iterdir())) for one in tree)
+        return row
 
     def metric(self, port: int, name: str) -> float:
         """The sum over a metric's labels; 0 when it is not there."""
@@ -183,8 +193,8 @@ def _environment(folder: Path) -> tuple[dict[str, str], Path, Path]:
     budget, trace = folder / "budget", folder / "facts"
     budget.write_text("")
     paths = [str(HERE), str(HERE / "trace"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    added = {"CHUNK_BUDGET_FILE": str(budget), "TRACE_FACTS_FILE": str(trace), "PYTHONPATH": os.pathsep.join(paths)}
-    return os.environ | added, budget, trace
+    added = {"CHUNK_BUDGET_FILE": str(budget), "STEP_LOG": str(folder / "steps"), "TRACE_FACTS_FILE": str(trace)}
+    return os.environ | added | {"PYTHONPATH": os.pathsep.join(paths)}, budget, trace
 
 
 class Children:
@@ -263,7 +273,7 @@ def hocket_system(
             counts[role] += 1
         gpus = len({gpu for _, places in roles for gpu in places.split(",")} - {""}) or len(roles)
         pids, url = _pids(serve.pid), folder / "nats-url"
-        yield System(name, (ports[0],), metrics, pids, options.model.name, gpus, budget, trace, url)
+        yield System(name, (ports[0],), metrics, pids, options.model.name, gpus, len(roles), budget, trace, url)
 
 
 _HOCKET = (sys.executable, "-m", "hocket.cluster.cli")
@@ -321,7 +331,7 @@ def vllm_system(folder: Path, options: EngineOptions, gpus: Sequence[str], start
             own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
             children.start(f"vllm-{index}", command, environment | own)
         _wait_ready(children, ports, "/health", start_s)
-        yield System("vllm", tuple(ports), {}, {}, options.model.name, len(gpus), budget, trace)
+        yield System("vllm", tuple(ports), {}, {}, options.model.name, len(gpus), 1, budget, trace)
 
 
 def _flag(key: str, value: object) -> list[str]:

@@ -103,6 +103,7 @@ class Coefficients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_request_us: float
     decode_kv_token_us: float
     decode_step_us: float = 0.0  # once in a step that makes tokens, however many
+    prefill_step_us: float = 0.0  # once in a step with prompt tokens: launching what is in no CUDA graph
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +117,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: int
     hidden: int  # width of the model
     weight_bytes: int
+    step_bytes: int = 0  # of them read by a step of one token; 0: all. A mixture of experts reads more with every token
     max_batched_tokens: int = 8192
     slots: int = 256
     notes: tuple[str, ...] = ()
@@ -142,7 +144,7 @@ def tensor_parallel(profile: Profile, gpus: int) -> Profile:
             f"profile {profile.name!r} is of {profile.gpus} GPUs already; --tp divides one of a single GPU"
         )
     c, n, reductions = profile.coefficients, gpus, 2 * profile.layers
-    reading_us = min(profile.weight_bytes / HBM_BYTES_PER_US, c.step_us)
+    reading_us = min((profile.step_bytes or profile.weight_bytes) / HBM_BYTES_PER_US, c.step_us)
     token_us = reductions * 2 * profile.hidden * 2 * (n - 1) / n / NVLINK_BYTES_PER_US
     room = profile.kv_tokens * profile.kv_bytes_per_token + profile.weight_bytes
     return msgspec.structs.replace(
@@ -156,6 +158,7 @@ def tensor_parallel(profile: Profile, gpus: int) -> Profile:
             decode_request_us=c.decode_request_us / n + token_us,
             decode_kv_token_us=c.decode_kv_token_us / n,
             decode_step_us=c.decode_step_us,
+            prefill_step_us=c.prefill_step_us,
         ),
         kv_tokens=(n * room - profile.weight_bytes) // profile.kv_bytes_per_token,
         notes=(*profile.notes, f"Divided over {n} GPUs by arithmetic: see hocket.lab.timing.tensor_parallel."),
@@ -169,11 +172,12 @@ class ProfileTiming:
         scale, c = 1e-6 / speedup, profile.coefficients
         self._step, self._token, self._pair = c.step_us * scale, c.prefill_token_us * scale, c.prefill_pair_us * scale
         self._request, self._kv = c.decode_request_us * scale, c.decode_kv_token_us * scale
-        self._decode = c.decode_step_us * scale
+        self._decode, self._prefill = c.decode_step_us * scale, c.prefill_step_us * scale
 
     def step_s(self, load: StepLoad) -> float:
         """One step."""
         prefill = self._token * load.prefill_tokens + self._pair * load.prefill_pairs
+        prefill += self._prefill if load.prefill_tokens else 0.0
         decode = self._request * load.decode_requests + self._kv * load.decode_kv_tokens
         return self._step + prefill + decode + (self._decode if load.decode_requests else 0.0)
 

@@ -6,7 +6,7 @@ A record holds what the chooser left behind anyway, by reference. Of the prompt 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -99,7 +99,9 @@ class Receipts:
             }
             members = [member for member in members if member.card.worker_id in offered]
         ages_s = [now - member.seen_s for member in members]
-        record.attempts.append(_Attempt(now - record.started_s, chosen, ages_s, filtered))
+        # Without the hashes of the prompt: 45 B a block, and nobody asks for them.
+        kept = None if chosen is None else replace(chosen, hashes={})
+        record.attempts.append(_Attempt(now - record.started_s, kept, ages_s, filtered))
         if record.request_id in self._records:
             added = _bytes_of(chosen)
             record.held_bytes += added

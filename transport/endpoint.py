@@ -221,9 +221,12 @@ class HandoffEndpoint:
         self._check_blocks(chunk.groups)
         self._tell_sender(Announce(key, chunk))
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        """From any thread, before `layer_ready`: this layer of the announced chunks was enqueued on a device's stream."""
-        self._mover.gather_ahead(keys, layer, stream)
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
+        """From any thread, before `layer_ready` of the last one: layers of the chunks announced last are on a device's stream.
+
+        All of them so far, in any order.
+        """
+        self._mover.gather_ahead(keys, layers, stream)
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         """The announced chunk's KV of that layer is in memory (layers may come in any order)."""

@@ -78,11 +78,11 @@ class Lender:
         self._waiting: dict[Link, deque[_Lent]] = {}  # sent, but without a slot
         self._digests: dict[MessageId, int] = {}  # of what was borrowed, until they are asked for
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        """From any thread: launch on this stream what is complete with this layer."""
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
+        """From any thread: launch on this stream what is complete with the last of these layers."""
         with self._lock:
-            due = [lent for key in keys for lent in self._planned.get(key, ()) if max(lent.layers) == layer]
-            due = [lent for lent in due if lent.slot and not lent.is_launched]
+            due = [lent for key in keys for lent in self._planned.get(key, ()) if layers[-1] in lent.layers]
+            due = [lent for lent in due if lent.slot and not lent.is_launched and lent.layers.issubset(layers)]
             for lent in due:
                 lent.is_launched = True
         for lent in due:

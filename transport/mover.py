@@ -28,8 +28,8 @@ class Mover(Protocol):
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         """These will be sent when their layers are computed."""
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        """From any thread: this layer of what is planned for these keys was enqueued on a device's stream."""
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
+        """From any thread: so far these layers of what is planned for these keys are on a device's stream, the last one now."""
 
     def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
         """These layers are in memory. Before the machine is told: what can be launched at once is."""
@@ -99,7 +99,7 @@ class DirectMover:
     def plan(self, link: Link, messages: Sequence[tuple[MessageId, Extents, int]]) -> None:
         pass
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
         pass
 
     def start(self, key: HandoffKey, layers: frozenset[int]) -> None:

@@ -54,8 +54,8 @@ class HostMover:
         if messages[0][1][0].cut is not None:
             self._staged.plan(link, messages)
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        self._staged.gather_ahead(keys, layer, stream)
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
+        self._staged.gather_ahead(keys, layers, stream)
 
     def start(self, key: HandoffKey, layers: frozenset[int]) -> None:
         pass

@@ -83,6 +83,7 @@ class _Grant:
     parts_begun: int = 0
     chunks: list[_Sending] = field(default_factory=list)
     is_done: bool = False
+    read_bytes: int = 0  # of messages that are through
     stop_at: float | None = None  # stopping; the link is aborted then
     cancel_reason: str = ""  # why the decode side wants it stopped
 
@@ -230,6 +231,9 @@ class Sender:
                 order = self._claimed(link, frame.key)
                 if order and order.ending is None:
                     order.ending = ""
+                    if grant := order.grant:  # All of it, also what our own link has not said to be through yet.
+                        sent_bytes = sum(message.nbytes for sending in grant.chunks for message in sending.messages)
+                        order.kv_bytes += sent_bytes - grant.read_bytes
                     self._drop_grant(order)
                     self._settle(order, now)
             case frames.CancelTransfer():
@@ -343,6 +347,7 @@ class Sender:
             planned = grant.chunks[message.chunk].messages[message.number]
             if not planned.is_given_up:
                 order.kv_bytes += planned.nbytes
+                grant.read_bytes += planned.nbytes
         self._settle(order, now)
 
     def _on_digest(self, message: MessageId, digest: int, now: float) -> None:

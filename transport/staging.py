@@ -28,12 +28,12 @@ from .stager import HostSlot, LendingLink, LendingStager, Slot, Stager, Ticket
 
 @dataclass(slots=True)
 class _Ahead:
-    """A message that is gathered on the compute stream as soon as its last layer is computed."""
+    """A message that is gathered on the compute stream as soon as all of its layers are computed."""
 
     message: MessageId
     extents: Extents
     nbytes: int
-    last_layer: int
+    layers: frozenset[int]
     on_device: bool
 
 
@@ -72,12 +72,13 @@ class StagedMover:
 
     # On the thread of the compute stream.
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
-        """This layer was enqueued on `stream`: gather there what is complete with it, as far as there is room."""
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
+        """These layers were enqueued on `stream`: gather there what is complete with the last one, as far as there is room."""
         if self._lender:
-            self._lender.gather_ahead(keys, layer, stream)
+            self._lender.gather_ahead(keys, layers, stream)
         with self._lock:
-            due = [ahead for key in keys for ahead in self._plans.get(key, ()) if ahead.last_layer == layer]
+            planned = [ahead for key in keys for ahead in self._plans.get(key, ())]
+        due = [ahead for ahead in planned if layers[-1] in ahead.layers and ahead.layers.issubset(layers)]
         for ahead in due:
             slot = self._stager.reserve(ahead.nbytes, on_device=ahead.on_device)
             if slot is None:
@@ -96,8 +97,8 @@ class StagedMover:
             self._stager.prepare(extents)
         with self._lock:
             for message, extents, nbytes in messages:
-                last_layer = max(extent.layer for extent in extents)
-                ahead = _Ahead(message, extents, nbytes, last_layer, link.moves_device_memory)
+                layers = frozenset(extent.layer for extent in extents)
+                ahead = _Ahead(message, extents, nbytes, layers, link.moves_device_memory)
                 self._plans.setdefault(message.key, []).append(ahead)
 
     def forget(self, key: HandoffKey) -> None:

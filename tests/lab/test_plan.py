@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hocket.lab.measure import Summary
 from hocket.lab.plan import Plan, Planner, smallest
 from hocket.lab.scenario import Engine, Scenario, Slo
 from hocket.lab.synthetic import synthetic
-from hocket.lab.timing import ProfileError, load_profile, tensor_parallel
+from hocket.lab.timing import HBM_BYTES_PER_US, ProfileError, load_profile, tensor_parallel
 
 PROFILE = Engine(profile="h200-llama-70b-fp8")
 
@@ -73,6 +74,15 @@ def test_tensor_parallelism_divides_work_and_memory_and_adds_messages():
 def test_a_profile_of_several_gpus_is_not_divided_again():
     with pytest.raises(ProfileError, match="of 4 GPUs already"):
         tensor_parallel(tensor_parallel(load_profile("h200-llama-8b"), 4), 2)
+
+
+def test_of_a_mixture_of_experts_only_what_one_token_reads_divides_in_the_fixed_part_of_a_step():
+    one = load_profile("h200-llama-8b")
+    some = tensor_parallel(msgspec.structs.replace(one, step_bytes=one.weight_bytes // 4), 2)
+    all_of_it = tensor_parallel(one, 2)
+    left_us = 0.75 * one.weight_bytes / HBM_BYTES_PER_US / 2
+    assert some.coefficients.step_us == pytest.approx(all_of_it.coefficients.step_us + left_us)
+    assert some.kv_tokens == all_of_it.kv_tokens
 
 
 def test_the_mockers_formula_has_no_tensor_parallelism():

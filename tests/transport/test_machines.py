@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from hocket.transport import frames
-from hocket.transport.base import Chunk, Expectation, GroupBlocks, HandoffKey, SendOrder
+from hocket.transport.base import Chunk, Expectation, GroupBlocks, HandoffKey, SendEnd, SendOrder
 from hocket.transport.handoff import (
     HOLD_S,
     AbortLink,
     Announce,
     Dial,
+    Digested,
     Emit,
     Expect,
     FrameReceived,
@@ -19,8 +20,10 @@ from hocket.transport.handoff import (
     LinkGreeted,
     LinkId,
     LinkUp,
+    MessageDone,
     OpenOrder,
     PlanSend,
+    PostSend,
     SendFrame,
     Tick,
 )
@@ -207,3 +210,21 @@ def test_layers_of_two_chunks_are_not_ready_at_once() -> None:
     sender.on(LayersReady(key, frozenset((0, 1))), 0.0)
     with pytest.raises(ValueError, match="no announced chunk"):
         sender.on(LayersReady(key, frozenset((0,))), 0.0)
+
+
+@pytest.mark.parametrize("is_said_first", [True, False])
+def test_what_has_landed_counts_as_sent_also_before_the_link_says_so(is_said_first: bool) -> None:
+    sender = Sender(layers=2)
+    key = HandoffKey(bytes(16), 1, 1)
+    sender.on(OpenOrder(SendOrder(key, ("inproc://x",), 4, FINGERPRINT, 2, 30.0)), 0.0)
+    sender.on(LinkUp(key, LINK, Wire(LAYOUT, LAYOUT.shape, i_send=True)), 0.0)
+    sender.on(Announce(key, Chunk(0, 2, (GroupBlocks(0, (0, 1)),))), 0.0)
+    sender.on(FrameReceived(LINK, frames.Grant(frames.WireKey.of(key), 1, (0,), 2)), 0.0)
+    (sent,) = [said for said in sender.on(LayersReady(key, frozenset((0, 1))), 0.0) if isinstance(said, PostSend)]
+    sender.on(Digested(sent.message, 7), 0.0)
+    last = [MessageDone(sent.message), FrameReceived(LINK, frames.Landed(frames.WireKey.of(key)))]
+    if not is_said_first:
+        last.reverse()
+    ends = [said.event for event in last for said in sender.on(event, 0.0) if isinstance(said, Emit)]
+    (end,) = [event for event in ends if isinstance(event, SendEnd)]
+    assert (end.is_landed, end.kv_bytes) == (True, 2 * 2 * 8)

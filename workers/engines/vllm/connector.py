@@ -167,6 +167,7 @@ class KvPushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  #
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         assert self._worker
         config = self._config
+        kv_caches = versions.in_forward_order(config, kv_caches)
         number_bytes = min(0 if isinstance(kv, Sequence) else kv.element_size() for kv in kv_caches.values())
         facts = ModelFacts(
             model=self._extra["model"],

@@ -6,7 +6,7 @@ prepares a step in `bind_connector_metadata`; `wait_for_save` is left out of emp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -141,6 +141,15 @@ def backend_names(vllm_config: Unchecked, layer_names: Iterable[str]) -> str:
         find: Callable[[], Unchecked] | None = getattr(layers.get(layer_name), "get_attn_backend", None)
         names.add(find().get_name() if find else "?")
     return ",".join(sorted(names))
+
+
+def in_forward_order(vllm_config: Unchecked, kv_caches: Mapping[str, Unchecked]) -> dict[str, Unchecked]:
+    """The KV tensors as the model made their layers, which is how they are computed; vLLM lists them group by group.
+
+    Neighbours share a message, and one of layers that are far apart would leave only when the last of them is computed.
+    """
+    places = {name: place for place, name in enumerate(vllm_config.compilation_config.static_forward_context)}
+    return {name: kv_caches[name] for name in sorted(kv_caches, key=lambda name: places.get(name, len(places)))}
 
 
 def current_stream() -> Unchecked:

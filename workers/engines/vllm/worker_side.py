@@ -75,7 +75,7 @@ class WorkerSide:
         self._groups: KvGroups | None = None  # after `register`
         self._device_pool: DevicePool | None = None
         self._pushed_keys: list[HandoffKey] = []  # of this step
-        self._layers_done: set[int] = set()  # in this step
+        self._layers_done: list[int] = []  # in this step; several KV groups: not in the layout's order
         self._senders: set[str] = set()  # opened and not yet reported
         self._finished: set[str] = set()  # senders whose request has ended
         self._lock = threading.Lock()
@@ -146,7 +146,7 @@ class WorkerSide:
         for push in plan.pushes:
             self._call(_announce, self._endpoint, push)
         self._pushed_keys = [push.key for push in plan.pushes]
-        self._layers_done = set()
+        self._layers_done = []
 
     def layer_saved(self, name: str) -> None:
         """The attention of this layer has run: its KV of this step is in memory."""
@@ -198,10 +198,10 @@ class WorkerSide:
     def _layer_done(self, index: int) -> None:
         if index in self._layers_done:
             return
-        self._layers_done.add(index)
+        self._layers_done.append(index)
         if self._device_pool is not None:
             # The layer's kernels are enqueued, not done: what is gathered here, on their stream, comes after them.
-            self._endpoint.gather_ahead(self._pushed_keys, index, versions.current_stream())
+            self._endpoint.gather_ahead(self._pushed_keys, tuple(self._layers_done), versions.current_stream())
             self._device_pool.fence()
         self._call(_tell_ready, self._endpoint, self._pushed_keys, index)
 
