@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 
-from . import frames
+from . import errors, frames
 from .base import Expectation, Extent, HandoffKey, ReceiveEnd
 from .handoff import (
     DRAIN_S,
@@ -328,7 +328,7 @@ class Receiver:
         chunk = grant.chunks[message.chunk]
         extents = self._extents.pop(message)
         if event.error is not None:
-            chunk.is_broken = True
+            chunk.is_broken, chunk.is_cut = True, isinstance(event.error, errors.LinkLost)
         else:
             self._watch.hear(message.link, now)
             reception.kv_bytes += chunk.message_bytes[message.number]

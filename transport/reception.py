@@ -28,10 +28,11 @@ class ReceivedChunk:
     here: dict[int, int] = field(default_factory=dict)  # message -> digest of what arrived
     sent: tuple[int, ...] | None = None  # digest of each message as the sender read it
     is_broken: bool = False  # a message was short or failed
+    is_cut: bool = False  # its link is lost; that it was broken is then no sign of wrong bytes
 
     @property
     def is_wrong(self) -> bool:
-        if self.sent is None:
+        if self.sent is None or self.is_cut:
             return False
         return self.is_broken or any(self.sent[number] != digest for number, digest in self.here.items())
 
