@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from handoff_cases import MIB, STAGING_BYTES, Case, block_parts
-from handoff_methods import Facts, HandoffSource
+from handoff_methods import Facts, HandoffSource, LoneSink
 
 from hocket.transport.gpu.pool import CudaKvPool
 
@@ -85,8 +85,8 @@ def fill_words(words: torch.Tensor) -> None:
     words.mul_(_GOLDEN)
 
 
-class GpuCopySink:
-    """Implements `Sink` alone: gather, copy and scatter in pieces on three streams of this process, as one CUDA graph."""
+class GpuCopySink(LoneSink):
+    """Gather, copy and scatter in pieces on three streams of this process, as one CUDA graph."""
 
     def __init__(self, case: Case, memory: GpuMemory) -> None:
         self._case, self._memory = case, memory
@@ -109,17 +109,7 @@ class GpuCopySink:
             await asyncio.to_thread(self._capture)
         return Facts()
 
-    async def accept(self, theirs: Facts) -> None:
-        pass
-
-    async def prepare(self) -> Facts:
-        return Facts()
-
-    async def receive(self) -> float:
-        """Seconds that it took, not a time: there is no other side."""
-        return await asyncio.to_thread(self._move)
-
-    def _move(self) -> float:
+    def move(self) -> float:
         self._memory.arena.wait()
         started = time.perf_counter()
         if self._graph:
@@ -147,7 +137,7 @@ class GpuCopySink:
     def _capture(self) -> None:
         """Each piece goes through three streams; a piece of the ring is used again when the next stage is done with it."""
         self._memory.arena.enter()
-        self._move()  # The first use of a kernel loads it, which a capture does not allow.
+        self.move()  # The first use of a kernel loads it, which a capture does not allow.
         main, *streams = (torch.cuda.Stream() for _ in range(4))
         done = [[torch.cuda.Event() for _ in self._parts] for _ in streams]
         graph = torch.cuda.CUDAGraph()
@@ -167,16 +157,13 @@ class GpuCopySink:
                 main.wait_stream(stream)
         self._graph = graph
 
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
     async def aclose(self) -> None:
         self._graph = None
         del self._source, self._rings
 
 
 class PeerCopySink(GpuCopySink):
-    """Implements `Sink` alone: one copy from the first GPU, where the blocks lie as they are wanted, in one piece."""
+    """One copy from the first GPU, where the blocks lie as they are wanted, in one piece."""
 
     def __init__(self, case: Case, memory: GpuMemory) -> None:
         super().__init__(case, memory)
@@ -191,7 +178,7 @@ class PeerCopySink(GpuCopySink):
     async def open(self) -> Facts:
         return Facts()
 
-    def _move(self) -> float:
+    def move(self) -> float:
         self._memory.arena.enter()
         started = time.perf_counter()
         self._memory.words.copy_(self._source, non_blocking=True)

@@ -115,7 +115,7 @@ class GpuRing:
                 os.close(fd)
         try:
             self._check(mapped.slot(Lease(NONCE_BYTES, nonce_offset, 0, 0)), number)
-        except BaseException:
+        except BaseException:  # Whatever it was, nobody else knows of the mapping.
             mapped.close()
             raise
         return mapped

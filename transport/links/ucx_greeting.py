@@ -90,7 +90,7 @@ async def _opening(engine: Engine, peer: str, timeout_s: float) -> AsyncIterator
     try:
         async with asyncio.timeout(timeout_s):
             yield opened
-    except BaseException as error:
+    except BaseException as error:  # Also when it is cancelled.
         for endpoint in opened:
             endpoint.close_blocking()
         engine.kick()
