@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hocket.transport.host_memory import SharedPages
 from hocket.transport.links.mapped import PIECE_BYTES, Copy, PeerMemory
-from hocket.transport.views import Views
+from hocket.transport.views import Part, Views
 
 
 def ranges(*pairs: tuple[int, int]) -> np.ndarray:
@@ -109,7 +109,8 @@ def test_a_copy_puts_every_byte_where_it_belongs_and_digests_what_it_wrote(data:
 
 def test_views_are_made_when_asked_for():
     array = np.arange(100, dtype=np.uint8)
-    views = Views([(array, np.array([10, 50]), np.array([5, 20])), (array, np.array([0]), np.array([2]))])
+    runs = [np.array([[10, 5], [50, 20]], np.uint64), np.array([[0, 2]], np.uint64)]
+    views = Views([Part(array, array.ctypes.data, each) for each in runs])
     assert [view.tolist() for view in views] == [list(range(10, 15)), list(range(50, 70)), [0, 1]]
     assert views.nbytes == 27
     assert views.ranges.tolist() == [[array.ctypes.data + start, n] for start, n in ((10, 5), (50, 20), (0, 2))]
