@@ -51,9 +51,9 @@ class Grant:
     key: HandoffKey
     transfer: int
     firsts: tuple[int, ...]  # the first token that is wanted of each group
-    base: int  # good tokens of the expectation when it was granted
     next_token: int  # where the next chunk must begin
     chunks: list[ReceivedChunk] = field(default_factory=list)
+    good_chunks: int = 0  # so many first ones are here, and right
     posted: int = 0  # receives that are not done
     hashing: int = 0
     is_done: bool = False  # the sender said that every chunk was announced
