@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from handoff_cases import MIB, STAGING_BYTES, Case, block_parts
-from handoff_methods import Facts, HandoffSource, LoneSink
+from handoff_methods import Facts, LayerSource, LoneSink
 
 from hocket.transport.gpu.pool import CudaKvPool
 
@@ -186,8 +186,8 @@ class PeerCopySink(GpuCopySink):
         return time.perf_counter() - started
 
 
-class LayerSource(HandoffSource):
-    """As an engine does it: each layer's matmuls, then its gather on the same stream; `send` counts from the last matmul."""
+class GpuLayerSource(LayerSource):
+    """Each layer's matmuls, then its gather on the same stream; `send` counts from the last matmul."""
 
     async def open(self, theirs: Facts) -> Facts:
         facts = await super().open(theirs)
@@ -213,26 +213,14 @@ class LayerSource(HandoffSource):
         end.synchronize()
         self._matmuls = max(1, round(self._case.layer_ms / (begin.elapsed_time(end) / 40)))
 
-    async def send(self) -> float:
-        compute = self._compute if torch.cuda.is_available() else self._pretend
-        at = await asyncio.to_thread(compute, asyncio.get_running_loop())
-        await self.landed()
-        return at
-
-    def _pretend(self, loop: asyncio.AbstractEventLoop) -> float:
-        """Without a GPU: nothing computes, and what is gathered is there."""
-        for layer in range(self._case.layers):
-            time.sleep(self._case.layer_ms / 1e3)
-            ended = time.perf_counter()
-            self._ready(loop, layer, None)
-        return ended
-
-    def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: torch.cuda.Stream | None) -> None:
+    def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: object) -> None:
         self.endpoint.gather_ahead([self.key], layer, stream)
-        loop.call_soon_threadsafe(self.endpoint.layer_ready, self.key, layer)
+        super()._ready(loop, layer, stream)
 
     def _compute(self, loop: asyncio.AbstractEventLoop) -> float:
-        """When the last layer's matmuls had ended, by the GPU's clock."""
+        """When the last layer's matmuls had ended, by the GPU's clock; without a GPU nothing computes."""
+        if not torch.cuda.is_available():
+            return super()._compute(loop)
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._stream.synchronize()
         began = time.perf_counter()
