@@ -21,7 +21,7 @@ from hocket.transport import (
     SendOrder,
 )
 from hocket.transport.base import KvPool
-from hocket.transport.host_memory import shareable_bytes
+from hocket.transport.host_memory import SharedPages
 
 MIB = 1 << 20
 EPOCH = 1
@@ -115,7 +115,7 @@ class HostArena:
     gpu = 0
 
     def __init__(self, nbytes: int) -> None:
-        self.words = shareable_bytes(nbytes).view(np.uint64)
+        self.words = SharedPages(nbytes, touch=True).array.view(np.uint64)
         self.address = self.words.ctypes.data
         self.nbytes = nbytes
 

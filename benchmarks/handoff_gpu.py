@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from handoff_cases import MIB, STAGING_BYTES, Case, block_parts
-from handoff_methods import Facts, HandoffSource
+from handoff_methods import Facts, LayerSource, LoneSink
 
 from hocket.transport.gpu.pool import CudaKvPool
 
@@ -85,8 +85,8 @@ def fill_words(words: torch.Tensor) -> None:
     words.mul_(_GOLDEN)
 
 
-class GpuCopySink:
-    """Implements `Sink` alone: gather, copy and scatter in pieces on three streams of this process, as one CUDA graph."""
+class GpuCopySink(LoneSink):
+    """Gather, copy and scatter in pieces on three streams of this process, as one CUDA graph."""
 
     def __init__(self, case: Case, memory: GpuMemory) -> None:
         self._case, self._memory = case, memory
@@ -109,17 +109,7 @@ class GpuCopySink:
             await asyncio.to_thread(self._capture)
         return Facts()
 
-    async def accept(self, theirs: Facts) -> None:
-        pass
-
-    async def prepare(self) -> Facts:
-        return Facts()
-
-    async def receive(self) -> float:
-        """Seconds that it took, not a time: there is no other side."""
-        return await asyncio.to_thread(self._move)
-
-    def _move(self) -> float:
+    def move(self) -> float:
         self._memory.arena.wait()
         started = time.perf_counter()
         if self._graph:
@@ -147,7 +137,7 @@ class GpuCopySink:
     def _capture(self) -> None:
         """Each piece goes through three streams; a piece of the ring is used again when the next stage is done with it."""
         self._memory.arena.enter()
-        self._move()  # The first use of a kernel loads it, which a capture does not allow.
+        self.move()  # The first use of a kernel loads it, which a capture does not allow.
         main, *streams = (torch.cuda.Stream() for _ in range(4))
         done = [[torch.cuda.Event() for _ in self._parts] for _ in streams]
         graph = torch.cuda.CUDAGraph()
@@ -167,16 +157,13 @@ class GpuCopySink:
                 main.wait_stream(stream)
         self._graph = graph
 
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
     async def aclose(self) -> None:
         self._graph = None
         del self._source, self._rings
 
 
 class PeerCopySink(GpuCopySink):
-    """Implements `Sink` alone: one copy from the first GPU, where the blocks lie as they are wanted, in one piece."""
+    """One copy from the first GPU, where the blocks lie as they are wanted, in one piece."""
 
     def __init__(self, case: Case, memory: GpuMemory) -> None:
         super().__init__(case, memory)
@@ -191,7 +178,7 @@ class PeerCopySink(GpuCopySink):
     async def open(self) -> Facts:
         return Facts()
 
-    def _move(self) -> float:
+    def move(self) -> float:
         self._memory.arena.enter()
         started = time.perf_counter()
         self._memory.words.copy_(self._source, non_blocking=True)
@@ -199,8 +186,8 @@ class PeerCopySink(GpuCopySink):
         return time.perf_counter() - started
 
 
-class LayerSource(HandoffSource):
-    """As an engine does it: each layer's matmuls, then its gather on the same stream; `send` counts from the last matmul."""
+class GpuLayerSource(LayerSource):
+    """Each layer's matmuls, then its gather on the same stream; `send` counts from the last matmul."""
 
     async def open(self, theirs: Facts) -> Facts:
         facts = await super().open(theirs)
@@ -226,26 +213,14 @@ class LayerSource(HandoffSource):
         end.synchronize()
         self._matmuls = max(1, round(self._case.layer_ms / (begin.elapsed_time(end) / 40)))
 
-    async def send(self) -> float:
-        compute = self._compute if torch.cuda.is_available() else self._pretend
-        at = await asyncio.to_thread(compute, asyncio.get_running_loop())
-        await self.landed()
-        return at
-
-    def _pretend(self, loop: asyncio.AbstractEventLoop) -> float:
-        """Without a GPU: nothing computes, and what is gathered is there."""
-        for layer in range(self._case.layers):
-            time.sleep(self._case.layer_ms / 1e3)
-            ended = time.perf_counter()
-            self._ready(loop, layer, None)
-        return ended
-
-    def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: torch.cuda.Stream | None) -> None:
+    def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: object) -> None:
         self.endpoint.gather_ahead([self.key], range(layer + 1), stream)
-        loop.call_soon_threadsafe(self.endpoint.layer_ready, self.key, layer)
+        super()._ready(loop, layer, stream)
 
     def _compute(self, loop: asyncio.AbstractEventLoop) -> float:
-        """When the last layer's matmuls had ended, by the GPU's clock."""
+        """When the last layer's matmuls had ended, by the GPU's clock; without a GPU nothing computes."""
+        if not torch.cuda.is_available():
+            return super()._compute(loop)
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._stream.synchronize()
         began = time.perf_counter()

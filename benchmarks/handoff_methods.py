@@ -49,25 +49,45 @@ class Source(Protocol):
 
     async def idle(self, seconds: float) -> None:
         """Wait for work."""
+        await asyncio.sleep(seconds)
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """Nothing is open any more."""
 
 
 class Sink(Protocol):
     """The decode side of one method."""
 
-    async def open(self) -> Facts: ...
+    async def open(self) -> Facts:
+        """Once for a case."""
+        return Facts()
 
-    async def accept(self, theirs: Facts) -> None: ...
+    async def accept(self, theirs: Facts) -> None:
+        """The other side is open."""
 
-    async def prepare(self) -> Facts: ...
+    async def prepare(self) -> Facts:
+        """Before each transfer; not measured."""
+        return Facts()
 
     async def receive(self) -> float:
         """When everything had landed."""
 
-    async def idle(self, seconds: float) -> None: ...
+    async def idle(self, seconds: float) -> None:
+        """Wait for work."""
+        await asyncio.sleep(seconds)
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """Nothing is open any more."""
+
+
+class LoneSink(Sink, Protocol):
+    """Without another side: `receive` says how many seconds it took, not a time."""
+
+    async def receive(self) -> float:
+        return await asyncio.to_thread(self.move)
+
+    def move(self) -> float:
+        """Seconds."""
 
 
 # Ours.
@@ -103,8 +123,8 @@ class Endpoints:
         self._running.clear()
 
 
-class HandoffSource:
-    """Implements `Source`. Ahead: claimed, granted and announced, the receives of the first messages posted."""
+class HandoffSource(Source):
+    """Ours. Ahead: claimed, granted and announced, the receives of the first messages posted."""
 
     def __init__(self, case: Case, endpoints: Endpoints, scheme: str) -> None:
         self._case, self._endpoints, self._scheme = case, endpoints, scheme
@@ -148,15 +168,28 @@ class HandoffSource:
         if not end.is_landed:
             raise RuntimeError(f"the hand-off failed: {end.reason}")
 
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
-    async def aclose(self) -> None:
-        pass
+class LayerSource(HandoffSource):
+    """As an engine does it whose computing needs no CPU: layer after layer; `send` counts from the end of the last one."""
+
+    async def send(self) -> float:
+        at = await asyncio.to_thread(self._compute, asyncio.get_running_loop())
+        await self.landed()
+        return at
+
+    def _compute(self, loop: asyncio.AbstractEventLoop) -> float:
+        for layer in range(self._case.layers):
+            time.sleep(self._case.layer_ms / 1e3)
+            ended = time.perf_counter()
+            self._ready(loop, layer, None)
+        return ended
+
+    def _ready(self, loop: asyncio.AbstractEventLoop, layer: int, stream: object) -> None:
+        loop.call_soon_threadsafe(self.endpoint.layer_ready, self.key, layer)
 
 
-class HandoffSink:
-    """Implements `Sink`."""
+class HandoffSink(Sink):
+    """Ours."""
 
     def __init__(self, case: Case, endpoints: Endpoints, scheme: str) -> None:
         self._case, self._endpoints, self._scheme = case, endpoints, scheme
@@ -164,9 +197,6 @@ class HandoffSink:
     async def open(self) -> Facts:
         self._endpoint = await self._endpoints.get(self._scheme)
         return Facts(address=self._endpoint.addresses[0])
-
-    async def accept(self, theirs: Facts) -> None:
-        pass
 
     async def prepare(self) -> Facts:
         token = os.urandom(16)
@@ -184,18 +214,12 @@ class HandoffSink:
             raise RuntimeError(f"the hand-off failed: {end.reason}")
         return at
 
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    async def aclose(self) -> None:
-        pass
-
 
 # Plain sockets.
 
 
-class SocketSource:
-    """Implements `Source` with a blocking thread: scatter-gather, no protocol, no digest."""
+class SocketSource(Source):
+    """A blocking thread: scatter-gather, no protocol, no digest."""
 
     def __init__(self, case: Case, memory: HostMemory) -> None:
         self._views = block_views(case, memory, "prefill")
@@ -205,9 +229,6 @@ class SocketSource:
         self._connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Facts()
-
-    async def prepare(self, theirs: Facts, *, ahead: bool) -> None:
-        pass
 
     async def send(self) -> float:
         return await asyncio.to_thread(self._send)
@@ -220,15 +241,12 @@ class SocketSource:
         self._connection.recv(1)
         return started
 
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
     async def aclose(self) -> None:
         self._connection.close()
 
 
-class SocketSink:
-    """Implements `Sink`."""
+class SocketSink(Sink):
+    """Likewise."""
 
     def __init__(self, case: Case, memory: HostMemory) -> None:
         self._views = block_views(case, memory, "decode")
@@ -242,9 +260,6 @@ class SocketSink:
         self._connection, _ = await asyncio.to_thread(self._server.accept)
         self._connection.settimeout(TIMEOUT_S)
 
-    async def prepare(self) -> Facts:
-        return Facts()
-
     async def receive(self) -> float:
         return await asyncio.to_thread(self._receive)
 
@@ -255,9 +270,6 @@ class SocketSink:
         at = time.perf_counter()
         self._connection.send(b"!")
         return at
-
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
     async def aclose(self) -> None:
         self._connection.close()
@@ -287,8 +299,8 @@ def drop(views: list[memoryview], moved_bytes: int) -> None:
 # One process.
 
 
-class CopySink:
-    """Implements `Sink` alone: one pass over the same blocks inside this process, by one thread (`np.take`, `np.copyto`)."""
+class CopySink(LoneSink):
+    """One pass over the same blocks inside this process, by one thread (`np.take`, `np.copyto`)."""
 
     def __init__(self, case: Case, memory: HostMemory) -> None:
         self._case, self._memory = case, memory
@@ -299,20 +311,7 @@ class CopySink:
         place[list(case.block_ids("decode"))] = case.block_ids("prefill")
         self._place = place
 
-    async def open(self) -> Facts:
-        return Facts()
-
-    async def accept(self, theirs: Facts) -> None:
-        pass
-
-    async def prepare(self) -> Facts:
-        return Facts()
-
-    async def receive(self) -> float:
-        """Seconds that it took, not a time: there is no other side."""
-        return await asyncio.to_thread(self._copy)
-
-    def _copy(self) -> float:
+    def move(self) -> float:
         started = time.perf_counter()
         for source, target in zip(self._source.rows, self._memory.rows, strict=True):
             if self._case.is_one_run:
@@ -320,9 +319,6 @@ class CopySink:
             else:
                 np.take(source, self._place, axis=0, out=target, mode="clip")  # "raise" would copy once more.
         return time.perf_counter() - started
-
-    async def idle(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
     async def aclose(self) -> None:
         del self._source

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from handoff_cases import Arena, Case
-from handoff_methods import NIXL_POLL_S, Facts, until
+from handoff_methods import NIXL_POLL_S, Facts, Sink, Source, until
 
 Descriptors = npt.NDArray[np.uint64]
 
@@ -78,8 +78,8 @@ def _entries(case: Case, side: str) -> npt.NDArray[np.int32]:
     return (layers + np.array(case.block_ids(side), np.int32)).reshape(-1).astype(np.int32)
 
 
-class NixlSource:
-    """Implements `Source`. Ahead: the transfer is put together already (`make_prepped_xfer`)."""
+class NixlSource(Source):
+    """Ahead: the transfer is put together already (`make_prepped_xfer`)."""
 
     def __init__(self, case: Case, agent: Agent) -> None:
         self._case, self._agent = case, agent
@@ -128,12 +128,9 @@ class NixlSource:
     async def idle(self, seconds: float) -> None:
         await self._agent.idle(seconds)
 
-    async def aclose(self) -> None:
-        pass
 
-
-class NixlSink:
-    """Implements `Sink`."""
+class NixlSink(Sink):
+    """The peer writes; a notification says that it has."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -143,9 +140,6 @@ class NixlSink:
 
     async def accept(self, theirs: Facts) -> None:
         self._peer = self._agent.peer(theirs)
-
-    async def prepare(self) -> Facts:
-        return Facts()
 
     async def receive(self) -> float:
         return await asyncio.to_thread(self._receive)
@@ -162,6 +156,3 @@ class NixlSink:
 
     async def idle(self, seconds: float) -> None:
         await self._agent.idle(seconds)
-
-    async def aclose(self) -> None:
-        pass

@@ -16,6 +16,7 @@ from handoff_methods import (
     Facts,
     HandoffSink,
     HandoffSource,
+    LayerSource,
     Sink,
     SocketSink,
     SocketSource,
@@ -158,10 +159,12 @@ class Role:
         if name == "sockets":
             assert isinstance(self._memory, HostMemory)
             return SocketSource(self._case, self._memory)
-        if self._case.layer_ms:
-            from handoff_gpu import LayerSource  # It needs torch.
-
+        if self._case.layer_ms and isinstance(self._memory, HostMemory):
             return LayerSource(self._case, self._endpoints, name)
+        if self._case.layer_ms:
+            from handoff_gpu import GpuLayerSource  # It needs torch.
+
+            return GpuLayerSource(self._case, self._endpoints, name)
         return HandoffSource(self._case, self._endpoints, name)
 
     def _sink(self, name: str) -> Sink:

@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
-from handoff_cases import MIB, Case, contiguous, gpu_cases, scattered
+from handoff_cases import MIB, Case, contiguous, gpu_cases, layer_by_layer, scattered
 from handoff_mps import mps_daemon
 from handoff_pair import MethodFailed, Pair
 from handoff_roles import Setup, run_role
@@ -248,7 +248,7 @@ def host_methods(nixl_site: str | None) -> list[str]:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     quick, device = arguments.quick, arguments.device
     if device == "host":
-        cases = [*map(contiguous, CONTIGUOUS_MIB), *map(scattered, SCATTERED_KIB)]
+        cases = [*map(contiguous, CONTIGUOUS_MIB), *map(scattered, SCATTERED_KIB), layer_by_layer(2.5)]
         methods = host_methods(arguments.nixl_site)
         if quick:
             cases = [contiguous(16), scattered(16)]

@@ -239,7 +239,7 @@ class BusClient(Client):  # type: ignore[misc]  # nats-py has no types
                     await self._control(line)
         except asyncio.CancelledError:
             raise
-        except Exception as error:
+        except Exception as error:  # Whatever a server or the parser does to a connection, the client makes a new one.
             await self._process_op_err(error)
 
     async def _control(self, line: bytes) -> None:
@@ -288,7 +288,7 @@ class BusClient(Client):  # type: ignore[misc]  # nats-py has no types
         try:
             async with asyncio.timeout(self.options["connect_timeout"]):
                 await self._handshake()
-        except BaseException:
+        except BaseException:  # Also when it is cancelled: half a connection is none.
             self.abort()
             raise
         self._forget_unsent()

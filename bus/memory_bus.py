@@ -323,7 +323,7 @@ class MemoryBus:
         self._broker.add(subscription)
         try:
             await self.wait_connected(WAIT_CONNECTED_S)
-        except BaseException as error:
+        except BaseException as error:  # Also when it is cancelled: nobody would ever unsubscribe.
             self._broker.discard(subscription)
             if isinstance(error, QueueUnavailable):
                 raise BusDisconnected("no connection to the broker") from error

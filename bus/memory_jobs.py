@@ -245,7 +245,7 @@ class MemoryWatch:
         """Handle first, remove after, as on NATS; a handler's bug costs this report only."""
         try:
             self.handler(payload)
-        except Exception:
+        except Exception:  # A handler's bug; the report stays stored.
             log.exception("the handler of an exhausted job failed")
             return
         self.bus.broker.send(self.bus, partial(self._store.remove, sequence))

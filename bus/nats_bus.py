@@ -166,7 +166,7 @@ class NatsBus:
         subscription = NatsSubscription(self._client, subscription_id)
         try:
             await self._confirm()
-        except BaseException:
+        except BaseException:  # Also when it is cancelled: nobody would ever unsubscribe.
             await subscription.unsubscribe()
             raise
         return subscription

@@ -110,7 +110,7 @@ class EmbeddedServer:
             tail = self._log_tail()
             await self.stop()
             raise BusError(f"nats-server was not ready in {START_TIMEOUT_S:g} s; {tail}") from None
-        except BaseException:
+        except BaseException:  # Also when it is cancelled: no server is left behind.
             await self.stop()
             raise
         log.info("started nats-server on %s", self.address)

@@ -361,7 +361,7 @@ def _run_process(log_level: str, config: Config, run: Callable[[Config], int]) -
     served_name = config.served_name or default_served_name(config.model, folder)
     try:
         return run(msgspec.structs.replace(config, model=str(folder), served_name=served_name))
-    except Exception:
+    except Exception:  # The process's edge: the log has the reason, the shell the status.
         logging.getLogger("hocket.cluster.cli").exception("ended by a failure that was not expected")
         return 1
 

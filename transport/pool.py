@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +13,21 @@ import xxhash
 
 from .base import Extent, HostBuffer
 from .layout import KvLayout
-from .views import Views
+from .views import Part, Views
 
 TRANSPOSED_K = "HKtV"
 """The order of vLLM's CPU kernels, followed by the bytes of a number: of each head K as (dim, tokens), V as (tokens, dim)."""
 SCRATCH_BYTES = 1 << 20  # stays in a core's cache
 DIGEST_RUN_BYTES = 128 << 10  # longer runs are digested where they lie
+
+
+class _Blocks(NamedTuple):
+    """Blocks of one size, in some order. Shared: nobody writes into the arrays."""
+
+    ids: npt.NDArray[np.int64]
+    first: int
+    last: int  # -1: there are none
+    runs: npt.NDArray[np.uint64]  # (count, 2): bytes from the layer's beginning, bytes
 
 
 class HostKvPool:
@@ -44,6 +55,7 @@ class HostKvPool:
         self._layers = list(layers)
         # Only rows without a gap may be joined; a flat view then gives a run of blocks as one slice.
         self._flat = [rows.reshape(-1) if rows.flags.c_contiguous else None for rows in layers]
+        self._addresses = [rows.ctypes.data for rows in layers]
         self._blocks = blocks
         self._local = threading.local()
 
@@ -60,16 +72,13 @@ class HostKvPool:
         parts = []
         for extent in extents:
             assert extent.cut is None, "a cut has no views, only copies"
-            ids, rows, flat = self._checked_ids(extent), self._layers[extent.layer], self._flat[extent.layer]
-            size = rows.shape[1]
-            if not len(ids):
-                continue
+            rows, flat, address = self._layers[extent.layer], self._flat[extent.layer], self._addresses[extent.layer]
+            found, size = self._checked(extent), rows.shape[1]
             if flat is None:
-                parts += [(rows[block], np.zeros(1, np.int64), np.array([size])) for block in extent.block_ids]
-                continue
-            firsts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)  # Each begins a run.
-            lengths = np.diff(firsts, append=len(ids))
-            parts.append((flat, ids[firsts] * size, lengths * size))
+                whole = np.array([[0, size]], np.uint64)
+                parts += [Part(rows[block], address + block * rows.strides[0], whole) for block in extent.block_ids]
+            elif len(found.runs):
+                parts.append(Part(flat, address, found.runs))
         return Views(parts)
 
     def digest(self, extents: Iterable[Extent]) -> int:
@@ -81,7 +90,7 @@ class HostKvPool:
         digest = xxhash.xxh3_64()
         scratch = self._scratch()
         for extent in extents:
-            ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+            ids, rows = self._checked(extent).ids, self._layers[extent.layer]
             if rows.shape[1] >= DIGEST_RUN_BYTES:
                 for view in self.buffers((extent,)):
                     digest.update(view.data)
@@ -107,9 +116,9 @@ class HostKvPool:
         for extent in extents:
             if self._flat[extent.layer] is None:
                 return False
-            ids = np.array(extent.block_ids)
-            runs += 1 + int(np.count_nonzero(np.diff(ids) != 1))
-            nbytes += len(ids) * self._layout.block_bytes(extent.layer)
+            found = self._checked(extent)
+            runs += len(found.runs)
+            nbytes += len(found.ids) * self._layers[extent.layer].shape[1]
         return nbytes < runs * run_bytes
 
     def pack(self, extents: Iterable[Extent], out: HostBuffer) -> None:
@@ -120,7 +129,7 @@ class HostKvPool:
         start = 0
         for extent in extents:
             if extent.cut is None:
-                ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+                ids, rows = self._checked(extent).ids, self._layers[extent.layer]
                 end = start + len(ids) * rows.shape[1]
                 blocks = out[start:end].reshape(len(ids), rows.shape[1])
                 np.take(rows, ids, axis=0, out=blocks, mode="clip")  # "raise" would go through one more copy.
@@ -135,7 +144,7 @@ class HostKvPool:
         start = 0
         for extent in extents:
             if extent.cut is None:
-                ids, rows = self._checked_ids(extent), self._layers[extent.layer]
+                ids, rows = self._checked(extent).ids, self._layers[extent.layer]
                 end = start + len(ids) * rows.shape[1]
                 rows[ids] = source[start:end].reshape(len(ids), rows.shape[1])
                 start = end
@@ -146,11 +155,11 @@ class HostKvPool:
             self._put(extent, source[start:end].reshape(shape))
             start = end
 
-    def _checked_ids(self, extent: Extent) -> npt.NDArray[np.int64]:
-        ids = np.array(extent.block_ids, np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self._blocks:
-            raise IndexError(f"blocks {ids.min()}..{ids.max()} of a pool of {self._blocks}")
-        return ids
+    def _checked(self, extent: Extent) -> _Blocks:
+        found = _blocks_of(extent.block_ids, self._layers[extent.layer].shape[1])
+        if not found.first >= 0 or not found.last < self._blocks:
+            raise IndexError(f"blocks {found.first}..{found.last} of a pool of {self._blocks}")
+        return found
 
     def _part_views(self, layer: int) -> list[npt.NDArray[np.uint8]]:
         """K and V of a layer, in place: each (blocks, tokens, heads, items, item bytes)."""
@@ -204,6 +213,17 @@ class HostKvPool:
         heads = slice(cut.first_head, cut.first_head + cut.heads)
         for view, part in zip(self._part_views(extent.layer), cells, strict=True):
             view[blocks, positions % block_tokens, heads] = part.reshape(cut.tokens, cut.heads, *view.shape[3:])
+
+
+@lru_cache(256)
+def _blocks_of(block_ids: tuple[int, ...], block_bytes: int) -> _Blocks:
+    """Asked for again in every layer of a chunk, and for each several times."""
+    ids = np.array(block_ids, np.int64)
+    if not len(ids):
+        return _Blocks(ids, 0, -1, np.empty((0, 2), np.uint64))
+    firsts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)  # Each begins a run.
+    runs = np.stack([ids[firsts], np.diff(firsts, append=len(ids))], axis=1) * block_bytes
+    return _Blocks(ids, int(ids.min()), int(ids.max()), runs.astype(np.uint64))
 
 
 def digest_of(buffers: Iterable[HostBuffer]) -> int:

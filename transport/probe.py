@@ -174,7 +174,7 @@ class _Prober:
             link_id = await self._peers.dial_any(addresses)
             dial_s = None if is_there else time.perf_counter() - started
             run = self._begin(link_id, decode_epoch)
-        except BaseException:
+        except BaseException:  # Also when it is cancelled: others may measure.
             self._is_probing = False
             raise
         try:
@@ -269,7 +269,7 @@ class _Prober:
         self._peers.say(run.link_id, frames.Probe(serial, run.decode_epoch, messages, message_bytes))
         try:
             frame = await self._answer(run, ready)
-        except BaseException:
+        except BaseException:  # Also when it is cancelled: receives are posted for what was announced.
             has_come = ready.done() and not ready.cancelled() and ready.exception() is None
             if has_come and isinstance(ready.result(), frames.ProbeReady):
                 self._send_nothing(run.link_id, messages)

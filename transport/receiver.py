@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from itertools import islice
 
-from . import frames
+from . import errors, frames
 from .base import Expectation, Extent, HandoffKey, ReceiveEnd
 from .handoff import (
     DRAIN_S,
@@ -252,7 +253,6 @@ class Receiver:
             claim.key,
             self._last_transfer,
             firsts,
-            base=reception.good,
             next_token=min(end_token, *firsts),
         )
         reception.newest = _order(claim.key)
@@ -285,8 +285,8 @@ class Receiver:
             self._out.append(PostReceive(message_id, extents, sizes[number]))
 
     def _on_chunk_done(self, reception: Reception, grant: Grant, frame: frames.ChunkDone, now: float) -> None:
-        is_known = frame.chunk < len(grant.chunks)
-        if not is_known or len(frame.digests) != 8 * len(grant.chunks[frame.chunk].message_bytes):
+        is_awaited = frame.chunk < len(grant.chunks) and grant.chunks[frame.chunk].sent is None
+        if not is_awaited or len(frame.digests) != 8 * len(grant.chunks[frame.chunk].message_bytes):
             self._drop(grant, f"digests of chunk {frame.chunk} are out of place")
             return
         digests = (frame.digests[start : start + 8] for start in range(0, len(frame.digests), 8))
@@ -328,7 +328,7 @@ class Receiver:
         chunk = grant.chunks[message.chunk]
         extents = self._extents.pop(message)
         if event.error is not None:
-            chunk.is_broken = True
+            chunk.is_broken, chunk.is_cut = True, isinstance(event.error, errors.LinkLost)
         else:
             self._watch.hear(message.link, now)
             reception.kv_bytes += chunk.message_bytes[message.number]
@@ -411,7 +411,7 @@ class Receiver:
             if is_complete and not reception.ending and not grant.posted and not grant.hashing:
                 self._land(reception, grant)
                 return
-            if any(chunk.is_wrong for chunk in grant.chunks) and not grant.failure:
+            if any(chunk.is_wrong for chunk in islice(grant.chunks, grant.good_chunks, None)) and not grant.failure:
                 grant.failure = "digest"
                 self._stop(grant, "digest", now)
             if not grant.is_over:
@@ -424,11 +424,9 @@ class Receiver:
             self._offer(reception, successor, now)
 
     def _count_good(self, reception: Reception, grant: Grant) -> None:
-        reception.good = grant.base
-        for chunk in grant.chunks:
-            if not chunk.is_good:
-                break
+        while grant.good_chunks < len(grant.chunks) and (chunk := grant.chunks[grant.good_chunks]).is_good:
             reception.good = chunk.end_token
+            grant.good_chunks += 1
 
     def _release(self, reception: Reception, grant: Grant, now: float) -> None:
         """No writer can reach the blocks any more; they wait for the next claim."""

@@ -28,10 +28,11 @@ class ReceivedChunk:
     here: dict[int, int] = field(default_factory=dict)  # message -> digest of what arrived
     sent: tuple[int, ...] | None = None  # digest of each message as the sender read it
     is_broken: bool = False  # a message was short or failed
+    is_cut: bool = False  # its link is lost; that it was broken is then no sign of wrong bytes
 
     @property
     def is_wrong(self) -> bool:
-        if self.sent is None:
+        if self.sent is None or self.is_cut:
             return False
         return self.is_broken or any(self.sent[number] != digest for number, digest in self.here.items())
 
@@ -50,9 +51,9 @@ class Grant:
     key: HandoffKey
     transfer: int
     firsts: tuple[int, ...]  # the first token that is wanted of each group
-    base: int  # good tokens of the expectation when it was granted
     next_token: int  # where the next chunk must begin
     chunks: list[ReceivedChunk] = field(default_factory=list)
+    good_chunks: int = 0  # so many first ones are here, and right
     posted: int = 0  # receives that are not done
     hashing: int = 0
     is_done: bool = False  # the sender said that every chunk was announced

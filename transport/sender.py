@@ -7,6 +7,7 @@ more: that is how posted receives of a given-up transfer come free without dropp
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from . import frames
@@ -69,6 +70,7 @@ class _Sending:
     number: int
     part: _Part
     messages: list[_Planned]
+    number_of: dict[int, int]  # layer -> the message that it is in
     digests: dict[int, int] = field(default_factory=dict)
     is_announced_done: bool = False
 
@@ -300,7 +302,9 @@ class Sender:
                 ]
             except LookupError:
                 return False
-            self._start_chunk(order, grant, _Sending(len(grant.chunks), part, messages), (start, stop, layers))
+            number_of = {extent.layer: number for number, message in enumerate(messages) for extent in message.extents}
+            sending = _Sending(len(grant.chunks), part, messages, number_of)
+            self._start_chunk(order, grant, sending, (start, stop, layers))
         return True
 
     def _plan(self, wire: Wire, message: Message, part: _Part) -> _Planned:
@@ -317,14 +321,14 @@ class Sender:
         self._out.append(PlanSend(order.key, tuple(ids)))
         if not sending.messages:
             self._close_chunk(grant, sending)
-        self._send_ready(order, grant, sending, frozenset())
+        self._send_ready(order, grant, sending, sending.part.ready)
 
-    def _send_ready(self, order: _Order, grant: _Grant, sending: _Sending, layers: frozenset[int]) -> None:
-        for number, message in enumerate(sending.messages):
-            if message.is_posted:
-                continue
+    def _send_ready(self, order: _Order, grant: _Grant, sending: _Sending, layers: Set[int]) -> None:
+        """Post the messages that these layers were all that was missing of."""
+        for number in sorted({sending.number_of[layer] for layer in layers & sending.number_of.keys()}):
+            message = sending.messages[number]
             message.missing -= layers
-            if message.missing:
+            if message.missing or message.is_posted:
                 continue
             message.is_posted = True
             order.reading += 2

@@ -66,7 +66,7 @@ class EndpointThread:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         try:
             asyncio.run(self._main())
-        except Exception as error:
+        except Exception as error:  # It belongs to who waits for the start.
             if self._started.is_set():
                 raise
             self._error = error

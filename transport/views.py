@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import overload
+from itertools import accumulate
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +16,25 @@ Ranges = npt.NDArray[np.uint64]
 """(count, 2): address and length of each, which is also how `struct iovec` lies in memory."""
 
 
+class Part(NamedTuple):
+    """Runs of one contiguous array: where in it they begin, and how long each is (bytes)."""
+
+    array: HostBuffer
+    address: int  # of the array; to ask numpy for it costs more than all else here
+    runs: npt.NDArray[np.uint64]  # (count, 2)
+
+
 class Views(Sequence[HostBuffer]):
     """Runs of bytes of some arrays, none of them empty; each becomes a view when it is asked for."""
 
-    def __init__(self, parts: Sequence[tuple[HostBuffer, npt.NDArray[np.int64], npt.NDArray[np.int64]]]) -> None:
-        """A part: a contiguous array, where in it the runs begin, and how long each is (bytes)."""
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        self._ends = np.cumsum([len(starts) for _, starts, _ in parts], dtype=np.int64)
-        ranges = [np.stack([starts + array.ctypes.data, lengths], axis=1) for array, starts, lengths in parts]
-        self.ranges: Ranges = (np.concatenate(ranges) if ranges else np.empty((0, 2))).astype(np.uint64)
+        self._ends = list(accumulate(len(part.runs) for part in parts))
+        self.ranges: Ranges = np.empty((self._ends[-1] if parts else 0, 2), np.uint64)
+        for part, end in zip(parts, self._ends, strict=True):
+            ranges = self.ranges[end - len(part.runs) : end]
+            ranges[:] = part.runs
+            ranges[:, 0] += part.address
         self.nbytes = int(self.ranges[:, 1].sum())
 
     def __len__(self) -> int:
@@ -38,10 +50,10 @@ class Views(Sequence[HostBuffer]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"run {index} of {len(self)}")
         index %= len(self)
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        array, starts, lengths = self._parts[part]
-        index -= int(self._ends[part]) - len(starts)
-        return array[starts[index] : starts[index] + lengths[index]]
+        number = bisect_right(self._ends, index)
+        part = self._parts[number]
+        start, nbytes = part.runs[index - self._ends[number] + len(part.runs)].tolist()
+        return part.array[start : start + nbytes]
 
 
 def total_bytes(buffers: Sequence[Buffer]) -> int:

@@ -47,7 +47,7 @@ class BodyReader:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-        except BaseException as error:
+        except BaseException as error:  # Also when it is cancelled: the bytes are counted against all clients.
             self.release(len(body))
             if isinstance(error, TimeoutError):
                 raise ApiError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -76,6 +77,10 @@ class Network:
     def silence(self, *directions: Direction) -> None:
         self._rule("drop" if "forward" in directions else "", "drop" if "backward" in directions else "")
 
+    def lose_large(self) -> None:
+        """Nothing of a bulk transfer arrives, and everything small does: a path whose MTU is not what it says."""
+        self._rule("ip length > 1000 drop", "")
+
     def reset(self) -> None:
         self._rule(*["meta l4proto tcp reject with tcp reset"] * 2)
 
@@ -86,6 +91,12 @@ class Network:
     def has_corrupted(self) -> bool:
         shown = _within(self._names[0], "nft", "list", "ruleset")
         return " used " in subprocess.run(shown, check=True, capture_output=True, text=True).stdout
+
+    async def has_sent(self, nbytes: int) -> None:
+        """Wait until the prefill side has sent so much since the network was built."""
+        shown = _within(self._names[0], "cat", f"/sys/class/net/{self._devices[0]}/statistics/tx_bytes")
+        while int(subprocess.run(shown, check=True, capture_output=True, text=True).stdout) < nbytes:
+            await asyncio.sleep(0.02)
 
     def slow(self, bits_per_s: int) -> None:
         for name, device in zip(self._names, self._devices, strict=True):

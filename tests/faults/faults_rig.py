@@ -9,7 +9,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,10 +57,18 @@ class Died(Exception):
 class Engine:
     """One engine process, as its test sees it."""
 
-    def __init__(self, role: Role, scheme: str, *, bind: str = "127.0.0.1", wrap: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        role: Role,
+        scheme: str,
+        *,
+        bind: str = "127.0.0.1",
+        wrap: Sequence[str] = (),
+        changes: Mapping[str, object] | None = None,
+    ) -> None:
         self.role = role
         self._wrap = wrap
-        self._config = WorkerConfig(
+        config = WorkerConfig(
             role=role,
             engine="sim",
             model="sim",
@@ -76,6 +84,7 @@ class Engine:
             sim_itl_ms=5.0,
             sim_prefill_ms_per_token=2.0 if role == "prefill" else 0.0,
         )
+        self._config = msgspec.structs.replace(config, **(changes or {}))
         self.epoch = 0
         self.is_paused = False
 
@@ -121,6 +130,8 @@ class Engine:
                 raise
             finally:
                 await self._gone()
+        else:
+            await self._gone()
 
     async def _gone(self) -> None:
         await self._process.wait()

@@ -29,6 +29,7 @@ from handoff_parts import (
     make_layouts,
 )
 
+from hocket.transport import errors
 from hocket.transport.base import Expectation, GroupBlocks, HandoffKey, ReceiveEnd, SendEnd, SendOrder, SendReleased
 from hocket.transport.frames import Claim, Frame, Grant, Refuse, decode, encode
 from hocket.transport.handoff import (
@@ -363,12 +364,12 @@ class World:
         side.posted.clear()
         if side is wire.far:
             for message in posted:
-                self.tell_receiver(MessageDone(message, OSError("lost")))
+                self.tell_receiver(MessageDone(message, errors.LinkLost("lost")))
             self.tell_receiver(LinkLost(wire.number))
         else:
             for message in posted:
                 wire.sender.jobs[message.key].reading -= 1
-                self.tell_sender(wire.sender, MessageDone(message, OSError("lost")))
+                self.tell_sender(wire.sender, MessageDone(message, errors.LinkLost("lost")))
             self.tell_sender(wire.sender, LinkLost(wire.number))
 
     # Doing it: faults.
@@ -426,7 +427,7 @@ class World:
                     assert instruction.nbytes == CELL_BYTES * len(cells) <= self.sizes.bytes_max
                     wire.far.posted[instruction.message] = cells
                 else:
-                    self.tell_receiver(MessageDone(instruction.message, OSError("gone")))
+                    self.tell_receiver(MessageDone(instruction.message, errors.LinkLost("gone")))
             case ComputeDigest():
                 self.digests.append(instruction)
             case AbortLink():
@@ -458,7 +459,7 @@ class World:
                     wire.near.posted[instruction.message] = cells_of(self.prefill_layout, instruction.extents)
                 else:
                     job.reading -= 1
-                    self.tell_sender(prefill, MessageDone(instruction.message, OSError("gone")))
+                    self.tell_sender(prefill, MessageDone(instruction.message, errors.LinkLost("gone")))
             case PlanSend():
                 for _, extents, nbytes in instruction.messages:
                     assert nbytes == CELL_BYTES * len(cells_of(self.prefill_layout, extents))

@@ -19,7 +19,7 @@ from hocket.transport.base import Buffer, DeviceBuffer, HostBuffer
 from hocket.transport.errors import TransportUnavailable
 from hocket.transport.gpu.arena import Arena
 from hocket.transport.gpu.digest import host_digest
-from hocket.transport.pages import SharedPages, map_pages
+from hocket.transport.host_memory import SharedPages, map_shared
 from hocket.transport.stager import HostSlot, Lease, Slot, Ticket
 
 FLAGS = 512  # words: one for each gather in turn
@@ -203,7 +203,7 @@ class ShmKvPool:
 
     def map(self, words: bytes, fds: Sequence[int]) -> MappedShmRing:
         try:
-            memory, flags = (map_pages(fd) for fd in fds)
+            memory, flags = (map_shared(fd) for fd in fds)
         except ValueError as error:
             raise TransportUnavailable(str(error)) from error
         finally:

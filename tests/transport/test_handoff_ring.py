@@ -10,7 +10,17 @@ from dataclasses import dataclass, field
 import pytest
 import pytest_asyncio
 from shm_ring import ShmKvPool, make_shm_pool
-from transport_rig import BLOCK_TOKENS, DECODE_EPOCH, LAYERS, chunk, expectation, make_layout, send_order, until
+from transport_rig import (
+    BLOCK_TOKENS,
+    DECODE_EPOCH,
+    LAYERS,
+    chunk,
+    expectation,
+    make_layout,
+    send_order,
+    until,
+    until_granted,
+)
 
 from hocket.transport import Chunk, GroupBlocks, HandoffEndpoint, HandoffKey, ReceiveEnd, SendEnd, SendReleased
 from hocket.transport.base import HostBuffer
@@ -97,8 +107,7 @@ async def test_a_hand_off_is_exact_and_gives_every_slot_back(sides: tuple[Side, 
 async def test_what_was_gathered_ahead_is_lent_too(sides: tuple[Side, Side]) -> None:
     prefill, decode = sides
     key = begin(prefill, decode)
-    await until(lambda: prefill.endpoint.stats.sending and decode.endpoint.stats.links)
-    await asyncio.sleep(0.05)  # Granted or not: both ways are right.
+    await until_granted(prefill.endpoint, key)
     for layer in range(LAYERS):
         prefill.endpoint.gather_ahead([key], range(layer + 1), None)
         prefill.endpoint.layer_ready(key, layer)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hocket.transport import frames
-from hocket.transport.base import Chunk, Expectation, GroupBlocks, HandoffKey, SendEnd, SendOrder
+from hocket.transport import errors, frames
+from hocket.transport.base import Chunk, Expectation, GroupBlocks, HandoffKey, ReceiveEnd, SendEnd, SendOrder
 from hocket.transport.handoff import (
     HOLD_S,
+    LOST_S,
     AbortLink,
     Announce,
     Dial,
@@ -19,10 +20,12 @@ from hocket.transport.handoff import (
     LayersReady,
     LinkGreeted,
     LinkId,
+    LinkLost,
     LinkUp,
     MessageDone,
     OpenOrder,
     PlanSend,
+    PostReceive,
     PostSend,
     SendFrame,
     Tick,
@@ -102,6 +105,24 @@ def test_a_pause_of_our_own_does_not_count_as_the_peers_silence() -> None:
     assert not [i for i in receiver.on(Tick(), 19.0) if isinstance(i, AbortLink)]
     later = [i for tick in range(25) for i in receiver.on(Tick(), 19.0 + tick / 10) if isinstance(i, AbortLink)]
     assert later == [AbortLink(LINK, "stalled")]
+
+
+def test_a_message_that_ends_with_its_link_is_lost_and_not_wrong() -> None:
+    """Its digest may be here already, where frames and KV go different ways; another writer is waited for all the same."""
+    receiver = make_receiver()
+    receiver.on(expect(), 10.0)
+    (grant,) = said(receiver.on(claim(), 10.0))
+    assert isinstance(grant, frames.Grant)
+    posted = receiver.on(FrameReceived(LINK, frames.ChunkStart(grant.transfer, 0, 0, 2, 2)), 10.0)
+    (message,) = [instruction.message for instruction in posted if isinstance(instruction, PostReceive)]
+    receiver.on(FrameReceived(LINK, frames.ChunkDone(grant.transfer, 0, bytes(8))), 10.0)
+    assert said(receiver.on(MessageDone(message, errors.LinkLost("lost")), 10.0)) == []
+    receiver.on(LinkLost(LINK), 10.0)
+    assert receiver.on(Tick(), 10.0 + LOST_S - 0.01) == []
+    (end,) = receiver.on(Tick(), 10.0 + LOST_S)
+    assert isinstance(end, Emit)
+    assert isinstance(end.event, ReceiveEnd)
+    assert end.event.reason == "link_lost"
 
 
 def test_old_spent_tokens_are_forgotten() -> None:

@@ -12,9 +12,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hocket.transport.host_memory import shareable_bytes
+from hocket.transport.host_memory import SharedPages
 from hocket.transport.links.mapped import PIECE_BYTES, Copy, PeerMemory
-from hocket.transport.views import Views
+from hocket.transport.views import Part, Views
 
 
 def ranges(*pairs: tuple[int, int]) -> np.ndarray:
@@ -22,7 +22,7 @@ def ranges(*pairs: tuple[int, int]) -> np.ndarray:
 
 
 def test_the_sealed_memory_of_another_process_is_read_in_place():
-    memory = shareable_bytes(1 << 20)
+    memory = SharedPages(1 << 20).array
     address = memory.ctypes.data
     told, tell = os.pipe()
     child = os.fork()
@@ -59,10 +59,10 @@ def test_memory_that_could_be_cut_short_or_is_private_is_not_mapped():
 
 
 def test_sealed_memory_can_not_be_cut_short():
-    memory = shareable_bytes(1 << 16)
+    memory = SharedPages(1 << 16, touch=True).array
     for name in os.listdir("/proc/self/fd"):
         try:
-            is_ours = "hocket-kv" in os.readlink(f"/proc/self/fd/{name}") and os.fstat(int(name)).st_size == 1 << 16
+            is_ours = "memfd:hocket" in os.readlink(f"/proc/self/fd/{name}") and os.fstat(int(name)).st_size == 1 << 16
         except OSError:
             continue
         if is_ours:
@@ -109,7 +109,8 @@ def test_a_copy_puts_every_byte_where_it_belongs_and_digests_what_it_wrote(data:
 
 def test_views_are_made_when_asked_for():
     array = np.arange(100, dtype=np.uint8)
-    views = Views([(array, np.array([10, 50]), np.array([5, 20])), (array, np.array([0]), np.array([2]))])
+    runs = [np.array([[10, 5], [50, 20]], np.uint64), np.array([[0, 2]], np.uint64)]
+    views = Views([Part(array, array.ctypes.data, each) for each in runs])
     assert [view.tolist() for view in views] == [list(range(10, 15)), list(range(50, 70)), [0, 1]]
     assert views.nbytes == 27
     assert views.ranges.tolist() == [[array.ctypes.data + start, n] for start, n in ((10, 5), (50, 20), (0, 2))]

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import numpy as np
 import pytest
 import pytest_asyncio
-from transport_rig import DECODE_EPOCH, Ends, make_transport, until
+from transport_rig import DECODE_EPOCH, Ends, make_transport, until, until_granted
 
 from hocket.transport import (
     Chunk,
@@ -138,8 +138,7 @@ async def test_a_decode_worker_that_hangs_leaves_room_for_the_others(make_side: 
     hanging, good = await make_side(32, 1, staging=4), await make_side(32, 2, staging=4)
     hanging.expect(key_of(0), 0)
     prefill.open(key_of(0), 0, hanging.endpoint.addresses)
-    await until(lambda: hanging.endpoint.stats.links)
-    await asyncio.sleep(0.02)  # The grant is on its way.
+    await until_granted(prefill.endpoint, key_of(0))
     hanging.transport.faults.stall()  # type: ignore[attr-defined]  # inproc's
     prefill.compute(key_of(0))
     for number in (1, 2):
@@ -184,8 +183,7 @@ async def test_what_was_gathered_ahead_is_sent_as_it_was_then(make_side: MakeSid
     key = key_of(0)
     decode.expect(key, 0)
     prefill.open(key, 0, decode.endpoint.addresses)
-    await until(lambda: prefill.endpoint.stats.links)
-    await asyncio.sleep(0.05)  # The grant comes; without it nothing is gathered ahead, and the test fails below.
+    await until_granted(prefill.endpoint, key)
     prefill.endpoint.gather_ahead([key], [0], None)
     right = tokens_of(prefill.pool, 0, prefill.blocks(0)).copy()
     for block in prefill.blocks(0):
@@ -228,8 +226,7 @@ async def test_room_gathered_ahead_for_an_order_that_ends_comes_back(make_side: 
         key = key_of(number)
         decode.expect(key, 0)
         prefill.open(key, 0, decode.endpoint.addresses)
-        await until(lambda: prefill.endpoint.stats.links)
-        await asyncio.sleep(0.02)
+        await until_granted(prefill.endpoint, key)
         for layer in range(LAYERS):
             prefill.endpoint.gather_ahead([key], range(layer + 1), None)
         prefill.endpoint.abort(key, "aborted")

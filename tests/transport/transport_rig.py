@@ -151,6 +151,16 @@ async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> Non
             await asyncio.sleep(0.002)
 
 
+async def until_granted(prefill: HandoffEndpoint, key: HandoffKey) -> None:
+    """What is gathered from now on is gathered ahead of being sent."""
+
+    def is_granted() -> bool:
+        order = prefill._sender._orders.get(key)
+        return order is not None and order.grant is not None
+
+    await until(is_granted)
+
+
 @dataclass
 class Pair:
     """A prefill and a decode endpoint with a pool each."""

@@ -108,7 +108,7 @@ class Mover:
                     self._launch(armed, _Queue(handle, ring, ticket, armed.report))
             else:
                 self._launch_by_torch(armed, stream)
-        except BaseException:
+        except BaseException:  # Whatever it was, the kernel may or may not run: its cell is not used again.
             self.tickets.lose(ticket)
             raise
 
@@ -182,7 +182,7 @@ class Mover:
         try:
             report = self.tickets.report(ticket, digest_programs(nbytes))
             self._kernels.digest(stream, address, nbytes, report)
-        except BaseException:
+        except BaseException:  # As above.
             self.tickets.lose(ticket)
             raise
         return ticket

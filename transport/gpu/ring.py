@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ..base import Buffer, DeviceBuffer, HostBuffer
 from ..errors import TransportError, TransportUnavailable
-from ..pages import map_pages
+from ..host_memory import map_shared
 from ..stager import Lease, Slot, Ticket
 from . import driver
 from .digest import host_digest
@@ -100,7 +100,7 @@ class GpuRing:
         try:
             self._enter()
             pid, gpu, handle, first, nbytes, nonce_offset, number = _WORDS.unpack(words)
-            files = [map_pages(fd) for fd in fds]
+            files = [map_shared(fd) for fd in fds]
             if gpu == _HOST:
                 flags, memory = files
                 mapped = MappedGpuRing(memory.ctypes.data, min(nbytes, memory.nbytes), flags, memory)
@@ -115,7 +115,7 @@ class GpuRing:
                 os.close(fd)
         try:
             self._check(mapped.slot(Lease(NONCE_BYTES, nonce_offset, 0, 0)), number)
-        except BaseException:
+        except BaseException:  # Whatever it was, nobody else knows of the mapping.
             mapped.close()
             raise
         return mapped

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..base import Buffer, DeviceBuffer
 from ..errors import TransportUnavailable
-from ..pages import SharedPages
+from ..host_memory import SharedPages
 from . import driver
 from .arena import Arena
 from .tickets import GpuTicket

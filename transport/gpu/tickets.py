@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import TransportError, TransportUnavailable
-from ..pages import SharedPages
+from ..host_memory import SharedPages
 from . import driver
 from .arena import Arena
 from .kernel import Report

@@ -14,20 +14,18 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..base import Buffer
-from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportUnavailable
-from . import unix
 from .cursor import host_buffers
 from .mapped import PeerMemory
 from .pull_link import OFFER_BYTES_MAX, PullLink
 from .pulls import PullThreads
 from .tcp import TcpLink
-from .unix import UnixListener, boot_id, exchange_verdicts, peer_pid, receive_exactly
+from .unix import UnixTransport, boot_id, exchange_verdicts, peer_pid, receive_exactly
 from .vm import Reader, allow_readers, ranges_of, read_memory, why_not
 
 MAGIC = b"HOCKCMA1"
@@ -53,14 +51,14 @@ class CmaMover:
         return Reader(self._memory, words, nbytes, host_buffers(buffers))
 
 
-class CmaTransport:
+class CmaTransport(UnixTransport[PullLink]):
     """Cross memory attach: host memory, one host, one user."""
 
     scheme = "cma"
 
     def __init__(self) -> None:
+        super().__init__()
         self._threads: PullThreads | None = None
-        self._links: set[PullLink] = set()
 
     async def start(self) -> None:
         """Raises TransportUnavailable where the system forbids to read a process's memory."""
@@ -73,39 +71,20 @@ class CmaTransport:
         allow_readers()
         self._threads = PullThreads("cma")
 
-    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> UnixListener:
-        """`host` plays no part: only this one's processes get here."""
-        self._running()
-        return UnixListener(self.scheme, self._greet, on_link)
-
-    async def connect(self, address: str, *, timeout_s: float) -> PullLink:
-        """Raises LinkLost when nobody answers in time or it is on another host, ValueError for another scheme."""
-        self._running()
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        connection = await unix.connect(self.scheme, address, timeout_s=timeout_s)
-        return await self._greet(connection, address, deadline - asyncio.get_running_loop().time())
-
     async def aclose(self) -> None:
-        for link in list(self._links):
-            await link.abort()
+        await super().aclose()
         if self._threads:
             await self._threads.aclose()
             self._threads = None
 
-    async def _greet(self, connection: socket.socket, peer: str, timeout_s: float) -> PullLink:
-        """Make a link of a connection, once each side has read a random number out of the other; closes it if not."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                pid = await _greet(connection, peer)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, OSError) and not isinstance(error, LinkLost):  # TimeoutError is one.
-                raise LinkLost(f"lost {peer} while connecting: {error or 'timeout'}") from error
-            raise
+    async def _greet(self, connection: socket.socket, peer: str) -> PullLink:
+        """Once each side has read a random number out of the other."""
+        pid = await _greet(connection, peer)
         channel = TcpLink(connection, peer, frame_bytes_max=OFFER_BYTES_MAX + 64)
-        link = PullLink(channel, CmaMover(pid), self._running(), self._links.discard)
-        self._links.add(link)
-        return link
+        return PullLink(channel, CmaMover(pid), self._running(), self._links.discard)
+
+    def _check_started(self) -> None:
+        self._running()
 
     def _running(self) -> PullThreads:
         if self._threads is None:

@@ -13,32 +13,30 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from ..base import Link as LinkContract
 from ..errors import LinkLost, TransportError, TransportUnavailable
 from ..frames import FRAME_BYTES_MAX
 from ..poller import Poller
 from ..stager import RING_WORDS_MAX, LendingStager, MappedRing, Ring
-from . import unix
 from .ring_link import RingLink
 from .tcp import TcpLink
-from .unix import UnixListener, boot_id, exchange_verdicts, peer_pid
+from .unix import UnixTransport, boot_id, exchange_verdicts, peer_pid
 
 MAGIC = b"HOCKIPC1"
 HELLO = struct.Struct(f"<8s36sI{RING_WORDS_MAX}s")  # magic, boot id, bytes of the words, the words
 FDS_MAX = 4
 
 
-class CudaIpcTransport:
+class CudaIpcTransport(UnixTransport[RingLink]):
     """GPU memory of one host. `bind` says whose."""
 
     scheme = "cuda_ipc"
 
     def __init__(self) -> None:
+        super().__init__()
         self._bound: tuple[LendingStager, Poller] | None = None
         self._running: tuple[Ring, Poller] | None = None
-        self._links: set[RingLink] = set()
 
     def bind(self, stager: LendingStager, poller: Poller) -> None:
         """Whose slots are lent, and who watches the device; before `start`."""
@@ -51,21 +49,8 @@ class CudaIpcTransport:
         stager, poller = self._bound
         self._running = stager.ring(), poller
 
-    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> UnixListener:
-        """`host` plays no part: only this one's processes get here."""
-        self._started()
-        return UnixListener(self.scheme, self._greet, on_link)
-
-    async def connect(self, address: str, *, timeout_s: float) -> RingLink:
-        """Raises LinkLost when nobody answers in time or either side cannot map the other, ValueError for another scheme."""
-        self._started()
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        connection = await unix.connect(self.scheme, address, timeout_s=timeout_s)
-        return await self._greet(connection, address, deadline - asyncio.get_running_loop().time())
-
     async def aclose(self) -> None:
-        for link in list(self._links):
-            await link.abort()
+        await super().aclose()
         self._running = None
 
     def _started(self) -> tuple[Ring, Poller]:
@@ -73,31 +58,28 @@ class CudaIpcTransport:
             raise TransportUnavailable("cuda_ipc was not started")
         return self._running
 
-    async def _greet(self, connection: socket.socket, peer: str, timeout_s: float) -> RingLink:
-        """Make a link of a connection, once each side has read the other's ring; closes it if not."""
+    def _check_started(self) -> None:
+        self._started()
+
+    async def _greet(self, connection: socket.socket, peer: str) -> RingLink:
+        """Once each side has read the other's ring."""
         ring, poller = self._started()
+        words, fds = await _exchange_hellos(connection, ring)
         mapped: MappedRing | None = None
+        refusal = ""
         try:
-            async with asyncio.timeout(timeout_s):
-                words, fds = await _exchange_hellos(connection, ring)
-                refusal = ""
-                try:
-                    mapped = await _map(ring, words, fds)
-                except TransportError as error:
-                    refusal = str(error)
-                await exchange_verdicts(connection, peer, refusal)
-        except BaseException as error:
-            connection.close()
+            mapped = await _map(ring, words, fds)
+        except TransportError as error:
+            refusal = str(error)
+        try:
+            await exchange_verdicts(connection, peer, refusal)
+        except BaseException:  # Also when it is cancelled: nobody else knows of it.
             if mapped:
                 mapped.close()
-            if isinstance(error, OSError) and not isinstance(error, TransportError):  # TimeoutError is one.
-                raise LinkLost(f"lost {peer} while connecting: {error or 'timeout'}") from error
             raise
         assert mapped
         channel = TcpLink(connection, peer, frame_bytes_max=FRAME_BYTES_MAX + 1)  # A byte for the kind.
-        link = RingLink(channel, ring, mapped, poller, self._links.discard)
-        self._links.add(link)
-        return link
+        return RingLink(channel, ring, mapped, poller, self._links.discard)
 
 
 async def _exchange_hellos(connection: socket.socket, ring: Ring) -> tuple[bytes, list[int]]:

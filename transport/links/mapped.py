@@ -8,8 +8,6 @@ call needs. Everything else is read with the call.
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import mmap
 import os
 import threading
 from bisect import bisect_right
@@ -20,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ..host_memory import SEALS
+from ..base import HostBuffer
+from ..host_memory import map_shared
 from ..views import Ranges
 
 PIECE_BYTES = 256 << 10  # copied, then digested while it is in the core's cache
@@ -31,7 +30,7 @@ ROW_BYTES_MAX = 40 << 10  # shorter blocks are moved by numpy, many with one cal
 class _Region(NamedTuple):
     start: int
     end: int
-    view: mmap.mmap | None  # None: cannot be mapped
+    view: HostBuffer | None  # None: cannot be mapped
     local: int  # address of `view`
 
 
@@ -70,10 +69,10 @@ class PeerMemory:
             if not start <= address < end:
                 continue
             view = self._map(device, int(inode), int(offset, 16), end - start) if mode[3] == "s" else None
-            return _Region(start, end, view, _address(view) if view else 0)
+            return _Region(start, end, view, 0 if view is None else view.ctypes.data)
         return None
 
-    def _map(self, device: str, inode: int, offset: int, nbytes: int) -> mmap.mmap | None:
+    def _map(self, device: str, inode: int, offset: int, nbytes: int) -> HostBuffer | None:
         """The file of a mapping, if the peer still has it open and it can not be cut short."""
         major, minor = (int(word, 16) for word in device.split(":"))
         with os.scandir(f"/proc/{self.pid}/fd") as entries:
@@ -87,13 +86,13 @@ class PeerMemory:
         return None
 
 
-def _map_sealed(path: str, offset: int, nbytes: int) -> mmap.mmap | None:
-    """Raises OSError, also for a file that knows no seals."""
+def _map_sealed(path: str, offset: int, nbytes: int) -> HostBuffer | None:
+    """None for a file that may be cut short. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
-            return None
-        return mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
+        return map_shared(descriptor, nbytes, offset)
+    except ValueError:
+        return None
     finally:
         os.close(descriptor)
 
@@ -179,7 +178,3 @@ def _pieces(sources: Ranges, targets: Ranges) -> list[tuple[int, int, int]]:
         which = np.searchsorted(range_ends, starts, side="right")
         places.append(ranges[which, 0] + starts - (range_ends[which] - ranges[which, 1]))
     return list(zip(places[0].tolist(), places[1].tolist(), (cuts - starts).tolist(), strict=True))
-
-
-def _address(view: mmap.mmap) -> int:
-    return np.frombuffer(view).ctypes.data

@@ -11,26 +11,23 @@ of the mover for where the bytes lie, or {tag} when they have been pulled.
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..base import Buffer, ControlHandler, Done, LostHandler, Place
+from ..base import Buffer, Done, Place
 from ..errors import LinkLost, TransportError
-from ..frames import FRAME_BYTES_MAX
 from ..views import total_bytes
+from .channel_link import EARLY_MAX, ChannelLink
 from .pulls import Job, Lane, Pull, PullThreads
 from .tcp import TcpLink
 
 OFFER_BYTES_MAX = 4 << 20
 MESSAGE_BYTES_MAX = 1 << 44  # so that sums of lengths cannot overflow
 PULLS_MAX = 8  # of a link at a time; the others hold no place
-EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
-CLOSE_S = 1.0
 TURN_BYTES = 4 << 20  # of short pulls, then other work of the loop gets its turn
-_CONTROL, _OFFER, _PULLED = 1, 2, 3
+_OFFER, _PULLED = 2, 3
 _OFFER_HEAD = struct.Struct("<BQQ")
 _PULLED_FRAME = struct.Struct("<BQ")
 
@@ -65,15 +62,14 @@ class _Receive:
     done: Done
 
 
-class PullLink:
+class PullLink(ChannelLink):
     """One connected stream and a mover."""
 
     def __init__(
         self, channel: TcpLink, mover: Mover, threads: PullThreads, on_over: Callable[[PullLink], None]
     ) -> None:
         self.makes_digests = False  # see `received_digest`; may be set until a receive is posted
-        self._loop = asyncio.get_running_loop()
-        self._channel = channel
+        super().__init__(channel)
         self._mover = mover
         self._threads = threads
         self._lane = Lane()
@@ -86,15 +82,6 @@ class PullLink:
         self._pulling: dict[int, _Receive] = {}
         self._digest: tuple[int, int] | None = None  # tag and digest, while its `done` runs
         self._is_woken = False
-        self._error: LinkLost | None = None
-        self._is_over = asyncio.Event()
-        self._is_idle = asyncio.Event()
-        self._on_control: ControlHandler | None = None
-        self._on_lost: LostHandler | None = None
-
-    @property
-    def peer(self) -> str:
-        return self._channel.peer
 
     @property
     def transport(self) -> str:
@@ -103,6 +90,14 @@ class PullLink:
     @property
     def moves_device_memory(self) -> bool:
         return self._mover.moves_device_memory
+
+    @property
+    def _is_sending(self) -> bool:
+        return bool(self._sends)
+
+    @property
+    def _is_reading(self) -> bool:
+        return bool(self._pulling)
 
     @property
     def bytes_received(self) -> int:
@@ -114,12 +109,6 @@ class PullLink:
         None where there is none: an empty message.
         """
         return self._digest[1] if self._digest and self._digest[0] == tag else None
-
-    def send_control(self, payload: bytes) -> None:
-        if len(payload) > FRAME_BYTES_MAX:
-            raise ValueError(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
-        self._check_alive()
-        self._channel.send_control(bytes([_CONTROL]) + payload)
 
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         """Also raises ValueError for more pieces of memory than an offer can name."""
@@ -145,46 +134,17 @@ class PullLink:
             self._held = {}
             self._wake()
 
-    def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
-        self._on_control, self._on_lost = on_control, on_lost
-        if self._error:
-            self._loop.call_soon(on_lost, self._error)
-        else:
-            self._channel.start(self._on_frame, self._on_channel_lost)
-
-    async def abort(self) -> None:
-        self._lose(LinkLost(f"{self.peer} was aborted here"))
-        await self._is_over.wait()
-
-    async def aclose(self) -> None:
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                while self._sends and self._error is None:
-                    self._is_idle.clear()
-                    await self._is_idle.wait()
-        except TimeoutError:
-            pass
-        await self._channel.aclose()
-        await self.abort()
-
-    def _check_alive(self) -> None:
-        if self._error:
-            raise LinkLost(f"{self.peer} is gone") from self._error
-
     # What the peer says.
 
-    def _on_frame(self, frame: bytes) -> None:
-        assert self._on_control
-        kind = frame[0]
-        if kind == _CONTROL:
-            self._on_control(frame[1:])
-        elif kind == _OFFER and len(frame) >= _OFFER_HEAD.size:
+    def _on_frame(self, kind: int, frame: bytes) -> bool:
+        if kind == _OFFER and len(frame) >= _OFFER_HEAD.size:
             _, tag, nbytes = _OFFER_HEAD.unpack_from(frame)
             self._on_offer(_Offer(tag, nbytes, frame[_OFFER_HEAD.size :]))
         elif kind == _PULLED and len(frame) == _PULLED_FRAME.size:
             self._on_pulled(_PULLED_FRAME.unpack(frame)[1])
         else:
-            self._lose(LinkLost(f"{self.peer} sent a frame of kind {kind} and {len(frame)} B"))
+            return False
+        return True
 
     def _on_offer(self, offer: _Offer) -> None:
         is_known = offer.tag in self._early or offer.tag in self._matched or offer.tag in self._held
@@ -203,9 +163,6 @@ class PullLink:
             return
         done(None)
         self._is_idle.set()
-
-    def _on_channel_lost(self, error: Exception) -> None:
-        self._lose(error if isinstance(error, LinkLost) else LinkLost(str(error)))
 
     # Pulling.
 
@@ -237,13 +194,13 @@ class PullLink:
         del self._matched[receive.tag]
         self._pulling[receive.tag] = receive
         if pull is None:
-            self._loop.call_soon(self._end, receive, offer, None)
+            self._loop.call_soon(self._end_pull, receive, offer, None)
             return
         self._threads.submit(
-            self._lane, pull, lambda job: self._end(receive, offer, job), makes_digest=self.makes_digests
+            self._lane, pull, lambda job: self._end_pull(receive, offer, job), makes_digest=self.makes_digests
         )
 
-    def _end(self, receive: _Receive, offer: _Offer, job: Job | None) -> None:
+    def _end_pull(self, receive: _Receive, offer: _Offer, job: Job | None) -> None:
         del self._pulling[receive.tag]
         if job and job.error and not self._error:
             self._waiting[receive.tag] = receive
@@ -266,13 +223,8 @@ class PullLink:
 
     # The end.
 
-    def _lose(self, error: LinkLost) -> None:
-        """Ends at once what nobody writes into; the link is over when the last pull has ended."""
-        if self._error:
-            return
-        self._error = error
+    def _let_go(self, error: LinkLost) -> None:
         self._threads.drop(self._lane)
-        self._channel.drop(error)
         dones = [done for _, done in self._sends.values()]
         dones += [receive.done for receive in self._waiting.values()]
         dones += [receive.done for receive, _ in (*self._matched.values(), *self._held.values())]
@@ -280,13 +232,6 @@ class PullLink:
             record.clear()
         for done in dones:
             done(error)
-        self._check_over()
 
-    def _check_over(self) -> None:
-        self._is_idle.set()
-        if self._error is None or self._pulling or self._is_over.is_set():
-            return
-        self._is_over.set()
+    def _end(self) -> None:
         self._on_over(self)
-        if self._on_lost:
-            self._on_lost(self._error)

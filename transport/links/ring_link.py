@@ -13,22 +13,19 @@ back) or whose slot is free, or the tags of those that are being gathered. Every
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..base import Buffer, ControlHandler, DeviceBuffer, Done, LostHandler, Place
+from ..base import Buffer, DeviceBuffer, Done, Place
 from ..errors import LinkLost, TransportError
-from ..frames import FRAME_BYTES_MAX
 from ..poller import Poller
 from ..stager import Lease, MappedRing, Reader, Ring, Slot, Ticket
+from .channel_link import EARLY_MAX, ChannelLink
 from .tcp import TcpLink
 
-EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
-CLOSE_S = 1.0
-_CONTROL, _OFFER, _EMPTY, _FREED, _GO = 1, 2, 3, 4, 5
+_OFFER, _EMPTY, _FREED, _GO = 2, 3, 4, 5
 _OFFER_FRAME = struct.Struct("<BQQQQQ")
 _TAG_FRAME = struct.Struct("<BQ")
 _NOTHING = Lease(0, 0, 0, 0)
@@ -73,14 +70,13 @@ class _Copy:
         pass
 
 
-class RingLink:
+class RingLink(ChannelLink):
     """One connected stream, and a mapped ring. Implements `base.Link` and `stager.LendingLink`."""
 
     def __init__(
         self, channel: TcpLink, ring: Ring, mapped: MappedRing, poller: Poller, on_over: Callable[[RingLink], None]
     ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._channel = channel
+        super().__init__(channel)
         self._ring, self._mapped = ring, mapped
         self._poller = poller
         self._on_over = on_over
@@ -93,15 +89,6 @@ class RingLink:
         self._held: dict[int, _Receive] = {}  # of those: there was no room
         self._reading: dict[int, _Receive] = {}  # our own kernel reads the slot
         self._read_bytes = 0
-        self._error: LinkLost | None = None
-        self._is_over = asyncio.Event()
-        self._is_idle = asyncio.Event()
-        self._on_control: ControlHandler | None = None
-        self._on_lost: LostHandler | None = None
-
-    @property
-    def peer(self) -> str:
-        return self._channel.peer
 
     @property
     def transport(self) -> str:
@@ -112,14 +99,16 @@ class RingLink:
         return self._ring.is_on_device
 
     @property
+    def _is_sending(self) -> bool:
+        return bool(self._sends)
+
+    @property
+    def _is_reading(self) -> bool:
+        return bool(self._reading)
+
+    @property
     def bytes_received(self) -> int:
         return self._channel.bytes_received + self._read_bytes
-
-    def send_control(self, payload: bytes) -> None:
-        if len(payload) > FRAME_BYTES_MAX:
-            raise ValueError(f"control frame of {len(payload)} B; at most {FRAME_BYTES_MAX}")
-        self._check_alive()
-        self._channel.send_control(bytes([_CONTROL]) + payload)
 
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         """Also raises TypeError for device memory outside of the ring, or in several pieces."""
@@ -186,43 +175,10 @@ class RingLink:
             # Not within the call that posts it.
             self._loop.call_soon(self._match, receive.tag, lease)
 
-    # The link's life.
-
-    def start(self, on_control: ControlHandler, on_lost: LostHandler) -> None:
-        self._on_control, self._on_lost = on_control, on_lost
-        if self._error:
-            self._loop.call_soon(on_lost, self._error)
-        else:
-            self._channel.start(self._on_frame, self._on_channel_lost)
-
-    async def abort(self) -> None:
-        """Returns when no kernel of ours reads the peer's ring any more."""
-        self._lose(LinkLost(f"{self.peer} was aborted here"))
-        await self._is_over.wait()
-
-    async def aclose(self) -> None:
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                while self._sends and self._error is None:
-                    self._is_idle.clear()
-                    await self._is_idle.wait()
-        except TimeoutError:
-            pass
-        await self._channel.aclose()
-        await self.abort()
-
-    def _check_alive(self) -> None:
-        if self._error:
-            raise LinkLost(f"{self.peer} is gone") from self._error
-
     # What the peer says.
 
-    def _on_frame(self, frame: bytes) -> None:
-        assert self._on_control
-        kind = frame[0]
-        if kind == _CONTROL:
-            self._on_control(frame[1:])
-        elif kind == _OFFER and len(frame) == _OFFER_FRAME.size:
+    def _on_frame(self, kind: int, frame: bytes) -> bool:
+        if kind == _OFFER and len(frame) == _OFFER_FRAME.size:
             _, tag, *lease = _OFFER_FRAME.unpack(frame)
             self._on_offer(tag, Lease(*lease))
         elif kind in (_EMPTY, _FREED) and len(frame) == _TAG_FRAME.size:
@@ -234,7 +190,8 @@ class RingLink:
         elif kind == _GO and len(frame) % 8 == 1:
             self._on_go(struct.unpack_from(f"<{len(frame) // 8}Q", frame, 1))
         else:
-            self._lose(LinkLost(f"{self.peer} sent a frame of kind {kind} and {len(frame)} B"))
+            return False
+        return True
 
     def _on_offer(self, tag: int, lease: Lease) -> None:
         is_known = tag in self._early or tag in self._matched or tag in self._reading
@@ -278,9 +235,6 @@ class RingLink:
             return
         done(None)
         self._is_idle.set()
-
-    def _on_channel_lost(self, error: Exception) -> None:
-        self._lose(error if isinstance(error, LinkLost) else LinkLost(str(error)))
 
     # Reading.
 
@@ -360,12 +314,8 @@ class RingLink:
 
     # The end.
 
-    def _lose(self, error: LinkLost) -> None:
-        """Ends at once what no kernel of ours is at; the link is over when the last one has ended."""
-        if self._error:
-            return
-        self._error = error
-        self._channel.drop(error)  # Ends what was posted there, also of `_waiting`.
+    def _let_go(self, error: LinkLost) -> None:
+        """What was posted on the channel, also of `_waiting`, has ended."""
         for lent in self._lent.values():
             lent.is_dropped = True
         for receive in self._matched.values():
@@ -379,14 +329,7 @@ class RingLink:
             done(error)
         for receive in receives:
             receive.done(error, 0)
-        self._check_over()
 
-    def _check_over(self) -> None:
-        self._is_idle.set()
-        if self._error is None or self._reading or self._is_over.is_set():
-            return
-        self._is_over.set()
+    def _end(self) -> None:
         self._mapped.close()
         self._on_over(self)
-        if self._on_lost:
-            self._on_lost(self._error)

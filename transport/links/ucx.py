@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,20 +33,20 @@ from ..frames import FRAME_BYTES_MAX, TAG_BITS
 from .addresses import join_address, split_address
 from .cursor import host_buffers
 from .ucp import Arrived, Operation
-from .ucx_engine import CONNECTIONS_MAX, RNDV_BYTES, Engine
+from .ucx_engine import RNDV_BYTES, Engine
+from .ucx_greeting import CONTROL_PIECE_BYTES, Ends, Lobby, answer, dial
 
 if TYPE_CHECKING:
     import ucxx._lib.libucxx as core
 
 log = logging.getLogger(__name__)
-CONTROL_PIECE_BYTES = 8 << 10
 CONTROL_SLOTS = 16  # posted ahead for each link; more pieces wait in UCX
 CLOSE_S = 1.0
 ANSWERED_MAX = 32  # a shared-memory queue has 256 places for all who answer one peer
 _REMOTE_DMA = ("rc_", "dc_", "ud_", "gga_", "srd")  # how UCX's RDMA transports begin
+# Where control frames go another way than KV, keepalives say nothing of its way: what was answered must be here by then.
+LOOK_S, STILL_S, SLOWEST_BYTES_PER_S = 0.5, 2.0, 1 << 20
 EARLY_MAX = 1 << 12  # offers without a receive; an honest peer announces its messages first
-_HELLO = struct.Struct("<8sIII12x")
-_MAGIC = b"HOCKET1\0"
 _CONTROL_TAG = 1 << TAG_BITS
 
 
@@ -63,15 +62,15 @@ class _Receive:
 
 
 class UcxLink:
-    """One endpoint with its two connection ids."""
+    """One endpoint, or two of them, with their two connection ids."""
 
-    def __init__(self, engine: Engine, endpoint: core.UCXEndpoint, peer: str, mine: int, theirs: int) -> None:
+    def __init__(self, engine: Engine, ends: Ends, peer: str) -> None:
         self._engine = engine
-        self._endpoint: core.UCXEndpoint | None = endpoint
-        self._handle = endpoint.handle
+        self._endpoints = [end for end in (ends.endpoint, ends.control) if end is not None]
+        self._handle, self._control_handle = self._endpoints[0].handle, self._endpoints[-1].handle
         self._peer = peer
-        self._mine = mine
-        self._in_tag, self._out_tag = mine << (TAG_BITS + 1), theirs << (TAG_BITS + 1)
+        self._mine = ends.mine
+        self._in_tag, self._out_tag = ends.mine << (TAG_BITS + 1), ends.theirs << (TAG_BITS + 1)
         lanes = engine.ucp.transports(self._handle)
         self._transport = f"ucx({','.join(lanes)})"
         self._moves_device_memory = engine.has_cuda and any(
@@ -84,6 +83,8 @@ class UcxLink:
         ] = {}  # by tag, in the order of their coming: not answered, no receive was posted
         self._held: dict[int, tuple[_Receive, Arrived]] = {}  # likewise, whose place had no room
         self._receives: dict[Operation, _Receive] = {}
+        self._look: asyncio.TimerHandle | None = None
+        self._still_s = 0.0  # since one of them ended, in looks: a pause of our own is only one
         self._controls_out: set[Operation] = set()
         self._controls_in: deque[tuple[Operation, HostBuffer]] = deque()
         self._frame = bytearray()
@@ -93,7 +94,7 @@ class UcxLink:
         self._is_flushed = asyncio.Event()
         self._on_control: ControlHandler | None = None
         self._on_lost: LostHandler | None = None
-        engine.connections[mine] = self
+        engine.connections[ends.mine] = self
 
     @property
     def peer(self) -> str:
@@ -120,7 +121,7 @@ class UcxLink:
             has_more = start + step < len(payload)
             piece = np.frombuffer(bytes([has_more]) + payload[start : start + step], np.uint8)
             tag = self._out_tag | _CONTROL_TAG
-            self._controls_out.add(self._engine.send(self._handle, tag, [piece], self._on_control_sent))
+            self._controls_out.add(self._engine.send(self._control_handle, tag, [piece], self._on_control_sent))
 
     def post_send(self, tag: int, buffers: Sequence[Buffer], done: Done) -> None:
         self._check_alive()
@@ -149,11 +150,11 @@ class UcxLink:
             return
         for _ in range(CONTROL_SLOTS):
             self._post_control()
-        assert self._endpoint
-        try:
-            self._endpoint.set_close_callback(self._on_closed)
-        except self._engine.errors:  # It has closed meanwhile.
-            self._on_closed()
+        for endpoint in self._endpoints:
+            try:
+                endpoint.set_close_callback(self._on_closed)
+            except self._engine.errors:  # It has closed meanwhile.
+                self._on_closed()
 
     async def abort(self) -> None:
         self._lose(LinkLost(f"{self._peer} was aborted here"))
@@ -211,6 +212,23 @@ class UcxLink:
             receive.bounce = np.empty(arrived.length_bytes, np.uint8)
             places = [receive.bounce]
         self._receives[self._engine.receive_arrived(arrived, places, self._on_received)] = receive
+        if self._look is None and self._control_handle != self._handle:
+            self._still_s = 0.0
+            self._look = self._engine.loop.call_later(LOOK_S, self._look_again)
+
+    def _look_again(self) -> None:
+        """Messages come in the order in which they were answered: the oldest says whether anything still moves."""
+        self._look = None
+        if self._error or not self._receives:
+            return
+        self._still_s += LOOK_S
+        oldest = next(iter(self._receives.values()))
+        if self._still_s > STILL_S + oldest.place.nbytes / SLOWEST_BYTES_PER_S:
+            self._lose(
+                LinkLost(f"{self._peer} is there, but sent nothing of {oldest.place.nbytes} B for {self._still_s} s")
+            )
+            return
+        self._look = self._engine.loop.call_later(LOOK_S, self._look_again)
 
     def _on_closed(self) -> None:
         """From within progress, where nothing may be submitted."""
@@ -231,6 +249,7 @@ class UcxLink:
         receive = self._receives.pop(operation, None)
         if receive is None:
             return  # Given up at the close; its bytes went to the bounce buffer that was kept for them.
+        self._still_s = 0.0
         receive.done(self._received_error(operation, receive))
         self._check_over()
 
@@ -296,8 +315,8 @@ class UcxLink:
         for operation, _ in self._controls_in:
             self._engine.cancel(operation)
         self._engine.expecting.pop(self, None)
-        endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None:
+        endpoints, self._endpoints = self._endpoints, []
+        for endpoint in endpoints:
             endpoint.remove_close_callback()
             endpoint.close_blocking()
         # Safe at once are receives that were never matched, or have a bounce buffer; and sends, because what is read late
@@ -332,6 +351,7 @@ class UcxListener:
     def __init__(self, engine: Engine, host: str, on_link: Callable[[LinkContract], None]) -> None:
         self._engine = engine
         self._on_link = on_link
+        self._lobby: Lobby = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
         def on_endpoint(endpoint: core.UCXEndpoint) -> None:
@@ -360,39 +380,12 @@ class UcxListener:
 
     async def _greet(self, endpoint: core.UCXEndpoint) -> None:
         try:
-            link = await _greet(self._engine, endpoint, "ucx://dialler", timeout_s=CLOSE_S)
+            ends = await answer(self._engine, endpoint, self._lobby, "ucx://dialler", CLOSE_S)
         except LinkLost as error:
             log.warning("did not accept a connection: %s", error)
             return
-        self._on_link(link)
-
-
-async def _greet(engine: Engine, endpoint: core.UCXEndpoint, peer: str, *, timeout_s: float) -> UcxLink:
-    """Exchange connection ids over the endpoint's stream, which unlike tags belongs to the endpoint."""
-    mine = engine.new_connection()
-    out = np.frombuffer(bytearray(_HELLO.pack(_MAGIC, mine, RNDV_BYTES, CONTROL_PIECE_BYTES)), np.uint8)
-    arrived = np.zeros(_HELLO.size, np.uint8)
-    greetings: list[asyncio.Future[None]] = []
-    try:
-        async with asyncio.timeout(timeout_s):
-            greetings.append(engine.greet(endpoint.stream_send(engine.array(out))))
-            greetings.append(engine.greet(endpoint.stream_recv(engine.array(arrived))))
-            for greeting in greetings:
-                await greeting
-        magic, theirs, rndv_bytes, piece_bytes = _HELLO.unpack(arrived.tobytes())
-        if (magic, rndv_bytes, piece_bytes) != (_MAGIC, RNDV_BYTES, CONTROL_PIECE_BYTES) or theirs >= CONNECTIONS_MAX:
-            raise LinkLost(f"{peer} speaks another version")
-    except BaseException as error:
-        for greeting in greetings:
-            greeting.cancel()  # Nobody asks any more how it ended.
-        endpoint.close_blocking()
-        engine.kick()
-        if isinstance(error, TimeoutError):
-            raise LinkLost(f"no answer from {peer} within {timeout_s} s") from error
-        if isinstance(error, engine.errors):
-            raise LinkLost(f"lost {peer} while connecting: {error}") from error
-        raise
-    return UcxLink(engine, endpoint, peer, mine, theirs)
+        if ends is not None:
+            self._on_link(UcxLink(self._engine, ends, "ucx://dialler"))
 
 
 class UcxTransport:
@@ -421,12 +414,14 @@ class UcxTransport:
                 found = await engine.loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise LinkLost(f"no way to {address}: {error or 'timeout'}") from error
-        try:
+
+        def open_endpoint() -> core.UCXEndpoint:
             endpoint = engine.core.UCXEndpoint.create(engine.worker, str(found[0][4][0]), port, True)
-        except engine.errors as error:
-            raise LinkLost(f"no way to {address}: {error}") from error
-        engine.kick()
-        return await _greet(engine, endpoint, address, timeout_s=deadline - engine.loop.time())
+            engine.kick()
+            return endpoint
+
+        ends = await dial(engine, open_endpoint, address, timeout_s=deadline - engine.loop.time())
+        return UcxLink(engine, ends, address)
 
     async def aclose(self) -> None:
         if self._engine:

@@ -12,24 +12,72 @@ import os
 import re
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from ..base import Link as LinkContract
-from ..errors import LinkLost
+from ..errors import LinkLost, TransportError
 
 log = logging.getLogger(__name__)
 GREET_S = 1.0
 VERDICT_BYTES = 256  # what each says of the other: empty, or why not; padded with zeros
+LinkT = TypeVar("LinkT", bound=LinkContract)
+Greet = Callable[[socket.socket, str, float], Awaitable[LinkContract]]
+"""Makes a link of a connection within so many seconds, and closes it if not. Raises LinkLost."""
 _ADDRESS = re.compile(r"([a-z_]+)://([0-9A-Za-z.-]+):([0-9a-f]+)")
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 
-Greet = Callable[[socket.socket, str, float], Awaitable[LinkContract]]
-"""Makes a link of a connection within so many seconds, and closes it if not. Raises LinkLost."""
+
+class UnixTransport(ABC, Generic[LinkT]):
+    """What `base.Transport`s over such sockets have in common; each one adds `start`, and how two sides greet."""
+
+    scheme: str
+
+    def __init__(self) -> None:
+        self._links: set[LinkT] = set()
+
+    @abstractmethod
+    def _check_started(self) -> None:
+        """Raises TransportUnavailable."""
+
+    @abstractmethod
+    async def _greet(self, connection: socket.socket, peer: str) -> LinkT:
+        """Make a link of a connection. Raises LinkLost, OSError; the connection is closed then."""
+
+    async def listen(self, host: str, on_link: Callable[[LinkContract], None]) -> UnixListener:
+        """`host` plays no part: only this one's processes get here."""
+        self._check_started()
+        return UnixListener(self.scheme, self._link, on_link)
+
+    async def connect(self, address: str, *, timeout_s: float) -> LinkT:
+        """Raises LinkLost when nobody answers in time, or either side refuses the other, ValueError for another scheme."""
+        self._check_started()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        connection = await _connect(self.scheme, address, timeout_s=timeout_s)
+        return await self._link(connection, address, deadline - loop.time())
+
+    async def aclose(self) -> None:
+        for link in list(self._links):
+            await link.abort()
+
+    async def _link(self, connection: socket.socket, peer: str, timeout_s: float) -> LinkT:
+        try:
+            async with asyncio.timeout(timeout_s):
+                link = await self._greet(connection, peer)
+        except BaseException as error:  # Also when it is cancelled.
+            connection.close()
+            if isinstance(error, OSError) and not isinstance(error, TransportError):  # TimeoutError is one.
+                raise LinkLost(f"lost {peer} while connecting: {error or 'timeout'}") from error
+            raise
+        self._links.add(link)
+        return link
 
 
 class UnixListener:
-    """Implements `base.Listener`."""
+    """Implements `base.Listener`; `greet` is a transport's `_link`."""
 
     def __init__(self, scheme: str, greet: Greet, on_link: Callable[[LinkContract], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -77,7 +125,7 @@ class UnixListener:
         self._on_link(link)
 
 
-async def connect(scheme: str, address: str, *, timeout_s: float) -> socket.socket:
+async def _connect(scheme: str, address: str, *, timeout_s: float) -> socket.socket:
     """Raises LinkLost when nobody answers in time or it is on another host, ValueError for another scheme."""
     matched = _ADDRESS.fullmatch(address)
     if not matched or matched[1] != scheme:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from ....bus.messages import FINISH_LENGTH, FINISH_STOP, SamplingParams, TokenLogprob
-from ....transport.host_memory import shareable_bytes
+from ....transport.host_memory import SharedPages
 from ....transport.layout import KvLayer, KvLayout, KvShape
 from ....transport.pool import HostKvPool
 
@@ -130,7 +130,8 @@ class _Rank:
         shape = (len(self.heads), layout.block_tokens(0))
         is_by_head = layout.shape.order == "HND"
         cells_shape = (len(layout.layers), blocks, *(shape if is_by_head else shape[::-1]))
-        cells: U64 = shareable_bytes(8 * math.prod(cells_shape)).view(np.uint64).reshape(cells_shape)
+        memory = SharedPages(8 * math.prod(cells_shape), touch=True).array
+        cells: U64 = memory.view(np.uint64).reshape(cells_shape)
         cells[:] = 0xDEADBEEF
         by_block: U64 = cells if is_by_head else cells.swapaxes(2, 3)
         self.cells: U64 = by_block.swapaxes(1, 2)  # (layers, heads, blocks, block_tokens), in place
