@@ -1,0 +1,303 @@
+"""Every policy on a pool of real processes, beside what the lab says of the same requests: is the order the same?
+
+    python benchmarks/policies_real.py --trace conversation_trace.jsonl [--quick] [--json FILE]
+
+A nats-server, a router and four `sim` workers that compute prompts and make tokens; the simulated engine sleeps as long as a
+real one would compute, so that two cores are enough. Requests come over HTTP at the workload's times, whatever the answers
+take. Between two runs the policy is switched as `hocket policy set` does it and every prompt gets other tokens, so that no
+run finds anything of another in a cache. A round runs every policy once. `docs/policies.md` says what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import msgspec
+import numpy as np
+from local_pool import SERVED_NAME, Pool, running_pool, sim_worker
+from measure import Cell, Progress, Row, machine, percentile, print_table, versions, write_json
+from replay_load import Client, Served, conversations, prompts_of
+
+from hocket.bus.base import Bus
+from hocket.bus.server import EmbeddedServer
+from hocket.cluster.ask_routers import ask_all, pool_bus
+from hocket.cluster.model import resolve_model
+from hocket.cluster.policy import change, set_primary
+from hocket.lab.run import run_one
+from hocket.lab.scenario import Engine, Scenario
+from hocket.lab.synthetic import synthetic
+from hocket.lab.timing import Coefficients, Profile
+from hocket.lab.traces import Trace, read_trace
+from hocket.router.control_messages import AskPolicies, PolicyStatus
+from hocket.workers.engines.sim.vocabulary import sim_vocabulary
+
+POLICIES = (
+    *("random", "round_robin", "least_loaded", "power_of_two", "session_affinity"),
+    *("prefix_affinity", "kv", "lmetric", "mix", "cost"),
+)
+WORKERS = 4
+BLOCK_TOKENS, KV_BLOCKS, SLOTS, CHUNK_TOKENS = 16, 1200, 64, 256
+PREFILL_MS, ITL_MS = 0.25, 5.0  # of one prompt token, of one decode step
+LAYERS = 1
+LENGTH_SCALE = 1 / 32  # Mooncake's blocks of 512 tokens become 16
+LAB_SEEDS = 5
+POOL = "policies"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One column of load: the trace, at which `random` is past its limit."""
+
+    name: str
+    trace: Trace
+
+
+@dataclass
+class Seen:
+    """One policy on one workload: a list has one entry for each round (lab: for each seed)."""
+
+    ttft_s: list[float] = field(default_factory=list)  # means
+    hit_rate: list[float] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)  # of all rounds
+    lab_ttft_s: list[float] = field(default_factory=list)
+    lab_hit_rate: list[float] = field(default_factory=list)
+    lab_row: Row = field(default_factory=dict)
+
+
+def workloads(path: Path, *, is_quick: bool) -> list[Workload]:
+    """Both, scaled in length and time."""
+    sample = conversations(read_trace(path), 64 if is_quick else 32).resized(LENGTH_SCALE)
+    rate = 40.0
+    sample = sample.faster(sample.turns[-1].arrival_s * rate / len(sample.turns))
+    turns = 200 if is_quick else 400
+    multiturn = synthetic(f"synthetic:multiturn,requests={turns},rate=14,prompt=160,output=16,turns=5,think=0.5")
+    return [Workload("conversation", sample), Workload("multi-turn", multiturn)]
+
+
+# ---- the lab
+
+
+def lab_engine(folder: Path) -> Engine:
+    """The simulated engine's sizes and timing, as the lab takes them."""
+    costs = Coefficients(0.0, PREFILL_MS * 1e3, 0.0, 0.0, 0.0, decode_step_us=ITL_MS * 1e3)
+    sizes = {"kv_tokens": KV_BLOCKS * BLOCK_TOKENS, "layers": LAYERS, "hidden": 1, "weight_bytes": 0}
+    profile = folder / "sim.json"
+    profile.write_bytes(
+        msgspec.json.encode(Profile(name="sim", gpus=1, coefficients=costs, kv_bytes_per_token=8, **sizes))
+    )
+    return Engine(
+        profile=str(profile),
+        block_tokens=BLOCK_TOKENS,
+        kv_blocks=KV_BLOCKS,
+        slots=SLOTS,
+        max_batched_tokens=CHUNK_TOKENS,
+    )
+
+
+def predict(workload: Workload, policy: str, engine: Engine, seen: Seen) -> None:
+    """What the lab says, once for each seed: chance decides between equals, so one run is one of many."""
+    runs = [
+        run_one(workload.trace, Scenario(decode=WORKERS, policy=policy, engine=engine, seed=seed))
+        for seed in range(LAB_SEEDS)
+    ]
+    seen.lab_ttft_s = [run.ttft_s.mean for run in runs]
+    seen.lab_hit_rate = [run.hit_rate for run in runs]
+    seen.lab_row = {
+        "lab_mean_ms": fmean(seen.lab_ttft_s) * 1e3,
+        "lab_p50_ms": fmean(run.ttft_s.p50 for run in runs) * 1e3,
+        "lab_p99_ms": fmean(run.ttft_s.p99 for run in runs) * 1e3,
+        "lab_itl_p50_ms": fmean(run.tpot_s.p50 for run in runs) * 1e3,
+        "lab_itl_p99_ms": fmean(run.tpot_s.p99 for run in runs) * 1e3,
+        "lab_hit": fmean(seen.lab_hit_rate) * 100,
+    }
+
+
+# ---- real processes
+
+
+class Bench:
+    """Runs one workload under one policy after the other."""
+
+    def __init__(self, bus: Bus, pool: Pool, vocabulary: range) -> None:
+        self._bus = bus
+        self._client = Client(pool.port, SERVED_NAME)
+        self._vocabulary = vocabulary
+        self._runs = 0
+
+    async def measure(self, workload: Workload, policy: str, seen: Seen) -> None:
+        """One run. Raises RuntimeError when a request failed or another policy took part."""
+        self._runs += 1
+        prompts = prompts_of(workload.trace, f"run {self._runs}", self._vocabulary, planes=LAYERS)
+        changed = await change(self._bus, POOL, set_primary(policy, {}))
+        gc.collect()
+        served = await self._client.replay(workload.trace, prompts)
+        (status,) = await ask_all(self._bus, POOL, AskPolicies(), PolicyStatus, count=1)
+        (arm,) = status.arms
+        if (status.version, arm.requests) != (changed.document.version, len(served)) or arm.errors or arm.replaced:
+            raise RuntimeError(f"{policy} on {workload.name}: not all of it was decided by it: {status}")
+        seen.served += served
+        seen.ttft_s.append(fmean(one.ttft_s for one in served))
+        seen.hit_rate.append(arm.cached_tokens / arm.cached_of_tokens)
+
+
+async def measure_all(todo: Sequence[Workload], policies: Sequence[str], rounds: int) -> dict[tuple[str, str], Seen]:
+    """Every policy once a round, so that a disturbance of the machine falls on all of them alike."""
+    found = {(workload.name, policy): Seen() for workload in todo for policy in policies}
+    model = resolve_model("demo")
+    speed = {"sim-prefill-ms-per-token": PREFILL_MS, "sim-itl-ms": ITL_MS, "sim-layers": LAYERS}
+    sizes = {"block-tokens": BLOCK_TOKENS, "kv-blocks": KV_BLOCKS, "slots": SLOTS, "chunk-tokens": CHUNK_TOKENS}
+    workers = {f"decode-{number}": sim_worker("decode", {**speed, **sizes}) for number in range(WORKERS)}
+    progress = Progress(len(found) * (rounds + 1))
+    with tempfile.TemporaryDirectory(prefix="hocket-bench-") as name:
+        folder = Path(name)
+        engine = lab_engine(folder)
+        for workload in todo:
+            for policy in policies:
+                progress.step(f"lab {workload.name} {policy}")
+                predict(workload, policy, engine, found[workload.name, policy])
+        gc.freeze()
+        async with EmbeddedServer(folder / "nats") as server:
+            with running_pool(
+                POOL, server.url, model, folder, workers=workers, router={"policy": "random"}, is_pinned=False
+            ) as pool:
+                async with pool_bus(server.url) as bus:
+                    bench = Bench(bus, pool, sim_vocabulary(str(model), 0))
+                    for number in range(rounds):
+                        for workload in todo:
+                            for policy in policies:
+                                progress.step(f"{number + 1}/{rounds} {workload.name} {policy}")
+                                await bench.measure(workload, policy, found[workload.name, policy])
+    progress.end()
+    return found
+
+
+# ---- what came of it
+
+
+def row_of(workload: Workload, policy: str, seen: Seen) -> Row:
+    """One line: real beside lab."""
+    waits = [one.ttft_s * 1e3 for one in seen.served]
+    gaps = [one.tpot_s * 1e3 for one in seen.served if one.tpot_s is not None]
+    return {
+        "workload": workload.name,
+        "policy": policy,
+        "mean_ms": fmean(seen.ttft_s) * 1e3,
+        "rounds_ms": " ".join(f"{mean_s * 1e3:.0f}" for mean_s in seen.ttft_s),
+        "p50_ms": percentile(waits, 0.5),
+        "p99_ms": percentile(waits, 0.99),
+        "itl_p50_ms": percentile(gaps, 0.5),
+        "itl_p99_ms": percentile(gaps, 0.99),
+        "hit": fmean(seen.hit_rate) * 100,
+        **seen.lab_row,
+        "late_p99_ms": percentile([one.late_s * 1e3 for one in seen.served], 0.99),
+    }
+
+
+@dataclass
+class Order:
+    """How the order of the policies in the lab compares with the real one."""
+
+    agree: list[str] = field(default_factory=list)  # pairs that both decide, alike
+    differ: list[str] = field(default_factory=list)  # pairs that both decide, otherwise
+    ties: list[str] = field(default_factory=list)  # pairs that differ by less than the noise, here or there
+    spearman: float = 1.0
+
+
+def order_of(real: dict[str, list[float]], lab: dict[str, list[float]]) -> Order:
+    """A pair is decided when each value of one lies below each value of the other (three rounds: 5 % by chance)."""
+    order = Order()
+    for one, other in combinations(real, 2):
+        signs = [_sign(values[one], values[other]) for values in (real, lab)]
+        pair = f"{one} and {other}"
+        (order.agree if signs[0] == signs[1] else order.differ if all(signs) else order.ties).append(pair)
+        if signs == [0, 0]:
+            order.ties.append(order.agree.pop())
+    ranks = [np.argsort(np.argsort([fmean(values) for values in each.values()])) for each in (real, lab)]
+    order.spearman = float(np.corrcoef(*ranks)[0, 1])
+    return order
+
+
+def _sign(one: Sequence[float], other: Sequence[float]) -> int:
+    return (min(one) > max(other)) - (max(one) < min(other))
+
+
+COLUMNS = {
+    "policy": "policy",
+    "mean_ms": "TTFT mean ms",
+    "lab_mean_ms": "lab",
+    "p50_ms": "p50",
+    "lab_p50_ms": "lab",
+    "p99_ms": "p99",
+    "lab_p99_ms": "lab",
+    "itl_p50_ms": "ITL p50 ms",
+    "lab_itl_p50_ms": "lab",
+    "itl_p99_ms": "p99",
+    "lab_itl_p99_ms": "lab",
+    "hit": "hit %",
+    "lab_hit": "lab",
+    "rounds_ms": "TTFT mean of each round",
+    "late_p99_ms": "sent late p99 ms",
+}
+
+
+def report(workload: Workload, policies: Sequence[str], found: dict[tuple[str, str], Seen]) -> list[Row]:
+    """The table of one workload and whether the order is confirmed, on stdout."""
+    each = {policy: found[workload.name, policy] for policy in policies}
+    rows = [row_of(workload, policy, seen) for policy, seen in each.items()]
+    turns = workload.trace.turns
+    ideal = workload.trace.ideal_hit_tokens(BLOCK_TOKENS) / sum(turn.prompt_tokens for turn in turns)
+    length = fmean(turn.prompt_tokens for turn in turns)
+    print_table(
+        f"{workload.name}: {len(turns)} requests, mean prompt {length:.0f} tokens, ideal hit {ideal:.1%}",
+        COLUMNS,
+        rows,
+    )
+    for what, real, lab in (
+        ("mean TTFT", {p: s.ttft_s for p, s in each.items()}, {p: s.lab_ttft_s for p, s in each.items()}),
+        ("hit rate", {p: s.hit_rate for p, s in each.items()}, {p: s.lab_hit_rate for p, s in each.items()}),
+    ):
+        order = order_of(real, lab)
+        verdict = "NOT confirmed: " + "; ".join(order.differ) if order.differ else "confirmed"
+        print(
+            f"order by {what}: {verdict} ({len(order.agree)} pairs alike, {len(order.differ)} otherwise, "
+            f"{len(order.ties)} within the noise; rank correlation {order.spearman:.2f})"
+        )
+    return rows
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    """Usage: python benchmarks/policies_real.py --trace FILE"""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trace", type=Path, required=True, help="Mooncake's conversation_trace.jsonl")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, one object each")
+    parser.add_argument("--quick", action="store_true", help="two rounds of half as many requests instead of three")
+    parser.add_argument("--rounds", type=int, default=0, help="so many rounds")
+    parser.add_argument("--policy", action="append", metavar="NAME", help="only these, or your own; may be repeated")
+    options = parser.parse_args(None if argv is None else list(argv))
+    todo = workloads(options.trace, is_quick=options.quick)
+    policies = tuple(options.policy or POLICIES)
+    rounds = options.rounds or (2 if options.quick else 3)
+    found = asyncio.run(measure_all(todo, policies, rounds))
+    about: dict[str, Cell] = {
+        "machine": machine(),
+        "versions": versions("hocket", "nats-py", "uvloop"),
+        "rounds": rounds,
+    }
+    print(f"{about['machine']}; {about['versions']}; {rounds} rounds")
+    rows = [row for workload in todo for row in report(workload, policies, found)]
+    write_json(options.json, [row | about for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
