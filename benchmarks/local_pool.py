@@ -68,7 +68,8 @@ def running_pool(
 ) -> Iterator[Pool]:
     """Start the processes of pool `name`, `workers` and a router, and stop them at the end. Logs are in `folder`.
 
-    A worker is named by its role and, where there are several of it, what follows a dash: decode-1, decode-2. With `profile`, a role and a file, that process runs under cProfile, which writes there when it stops.
+    A worker is named by its role and, where there are several of it, what follows a dash: decode-1, decode-2.
+    With `profile`, a role and a file, that process runs under cProfile, which writes there when it stops.
     """
     settings = {"NATS": nats_url, "POOL": name, "MODEL": model, "SERVED_NAME": SERVED_NAME, "LOG_LEVEL": "warning"}
     environment = os.environ | {f"HOCKET_{key}": str(value) for key, value in settings.items()}
