@@ -16,7 +16,7 @@ import gc
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -78,9 +78,15 @@ def workloads(path: Path, *, is_quick: bool) -> list[Workload]:
     sample = conversations(read_trace(path), 64 if is_quick else 32).resized(LENGTH_SCALE)
     rate = 40.0
     sample = sample.faster(sample.turns[-1].arrival_s * rate / len(sample.turns))
-    turns = 200 if is_quick else 400
-    multiturn = synthetic(f"synthetic:multiturn,requests={turns},rate=14,prompt=160,output=16,turns=5,think=0.5")
+    turns = 175 if is_quick else 350
+    multiturn = synthetic(f"synthetic:multiturn,requests={turns},rate=16,prompt=160,output=16,turns=5,think=0.35")
     return [Workload("conversation", sample), Workload("multi-turn", multiturn)]
+
+
+def renamed(trace: Trace, salt: str) -> Trace:
+    """The same with sessions of other names: which worker a name belongs to is luck, and one draw of it says little."""
+    named = [replace(turn, session=turn.session and f"{salt}/{turn.session}") for turn in trace.turns]
+    return replace(trace, turns=tuple(named))
 
 
 # ---- the lab
@@ -106,7 +112,9 @@ def lab_engine(folder: Path) -> Engine:
 def predict(workload: Workload, policy: str, engine: Engine, seen: Seen) -> None:
     """What the lab says, once for each seed: chance decides between equals, so one run is one of many."""
     runs = [
-        run_one(workload.trace, Scenario(decode=WORKERS, policy=policy, engine=engine, seed=seed))
+        run_one(
+            renamed(workload.trace, f"seed-{seed}"), Scenario(decode=WORKERS, policy=policy, engine=engine, seed=seed)
+        )
         for seed in range(LAB_SEEDS)
     ]
     seen.lab_ttft_s = [run.ttft_s.mean for run in runs]
@@ -136,10 +144,11 @@ class Bench:
     async def measure(self, workload: Workload, policy: str, seen: Seen) -> None:
         """One run. Raises RuntimeError when a request failed or another policy took part."""
         self._runs += 1
-        prompts = prompts_of(workload.trace, f"run {self._runs}", self._vocabulary, planes=LAYERS)
+        trace = renamed(workload.trace, f"run-{self._runs}")
+        prompts = prompts_of(trace, f"run {self._runs}", self._vocabulary, planes=LAYERS)
         changed = await change(self._bus, POOL, set_primary(policy, {}))
         gc.collect()
-        served = await self._client.replay(workload.trace, prompts)
+        served = await self._client.replay(trace, prompts)
         (status,) = await ask_all(self._bus, POOL, AskPolicies(), PolicyStatus, count=1)
         (arm,) = status.arms
         if (status.version, arm.requests) != (changed.document.version, len(served)) or arm.errors or arm.replaced:
