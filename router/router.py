@@ -24,7 +24,6 @@ from ..bus.messages import (
     PrefillClaimed,
     PrefillDone,
     PrefillFailed,
-    PrefillJob,
     PrefillReturned,
     decode,
     encode,
@@ -32,7 +31,7 @@ from ..bus.messages import (
 from .chooser import Ask, Chooser
 from .config import RouterConfig
 from .control import Control
-from .control_messages import PolicyConfig, Receipt
+from .control_messages import PolicyConfig, Receipt, RouterLoad
 from .dispatch import Dispatch
 from .gate import Gate
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams
@@ -109,7 +108,7 @@ class Router:
         self.receipts = Receipts(router_id, bytes_max=config.receipts_bytes_max)
         self.control = Control(
             bus, config.pool, router_id, PolicyConfig(config.policy), policy, self.receipts,
-            install=self._install_policies, metrics=metrics, clock=clock,
+            install=self._install_policies, load=self._load, metrics=metrics, clock=clock,
         )  # fmt: skip
         self.chooser = Chooser(
             self.membership.view,
@@ -144,7 +143,7 @@ class Router:
             )
             await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
-            await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            await self._dispatch.start()
             await self.sharing.start()
             self._bus.on_connection(self._on_connection)
             await self.membership.start(tasks)
@@ -301,18 +300,13 @@ class Router:
             case PrefillReturned():
                 self._now(live, live.machine.returned(message.attempt, message.worker_id))
             case PrefillDone():
+                self.membership.prefilled(message)
                 self._now(live, live.machine.prefill_done(message.attempt))
             case PrefillFailed():
                 log.warning(
                     "prefill failed: %s %s", message.reason, message.detail, extra={"request_id": message.request_id}
                 )
                 self._now(live, live.machine.prefill_failed(message.attempt))
-
-    def _on_exhausted(self, payload: bytes) -> None:
-        job = decode(payload)
-        if isinstance(job, PrefillJob):
-            message = PrefillFailed(job.request_id, job.attempt, "exhausted", "delivered in vain as often as allowed")
-            self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
 
     def _on_worker_lost(self, member: Member, is_silent: bool) -> None:
         """A worker that only hangs has open pulls: what the queue gave it since it was heard last may never be claimed."""
@@ -471,6 +465,9 @@ class Router:
             output_tokens=output_tokens,
         )
         self.chooser.observe(outcome, now)
+
+    def _load(self) -> RouterLoad:
+        return RouterLoad(self._router_id, len(self._live), self.sharing.lanes(), self.membership.loads())
 
     def _install_policies(self, policies: PolicySet) -> None:
         self.chooser.policy = policies

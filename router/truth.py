@@ -46,6 +46,11 @@ class TruthCheck:
         drift = self._drifts.get(worker)
         return drift is not None and drift.observations >= OBSERVATIONS_MIN and drift.share > DRIFT_MAX
 
+    def drift(self, worker: WorkerId) -> float | None:
+        """The worker's drift; None while nothing was observed."""
+        drift = self._drifts.get(worker)
+        return drift.share if drift is not None else None
+
     def forget(self, worker: WorkerId) -> None:
         """Begin anew: the worker left, or its index was mended."""
         self._drifts.pop(worker, None)

@@ -1,4 +1,4 @@
-"""Who asks: tenant, priority, conversation and patience from the headers, as far as they are to be believed; refusals by limits."""
+"""Who asks: tenant, priority, conversation, patience from the headers, as far as they are to be believed; refusals by limits."""
 
 from __future__ import annotations
 
