@@ -1,4 +1,4 @@
-"""`hocket top`: a pool's routers and workers, live in the terminal. It only listens and asks; exit 0, or 1 when nobody is there."""
+"""`hocket top`: a pool's routers and workers, live in the terminal. It listens and asks, and changes nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def show_top(config: PoolConfig, *, is_once: bool, as_json: bool, every_s:
                     "`hocket serve` starts a pool, --pool and --nats name another one"
                 )
             if is_once:
-                _print(view, as_json=as_json)
+                print(json.dumps(msgspec.to_builtins(view), indent=2) if as_json else "\n".join(top_lines(view)))
             else:
                 await _keep_showing(watch, as_json=as_json, every_s=every_s)
     except BusError as error:
@@ -90,12 +90,8 @@ async def _keep_showing(watch: Watch, *, as_json: bool, every_s: float) -> None:
             if is_screen:
                 _paint(top_lines(view))
             else:
-                _print(view, as_json=as_json)
+                print(json.dumps(msgspec.to_builtins(view)) if as_json else "\n".join(top_lines(view)), flush=True)
             await asyncio.sleep(every_s)
-
-
-def _print(view: PoolView, *, as_json: bool) -> None:
-    print(json.dumps(msgspec.to_builtins(view)) if as_json else "\n".join(top_lines(view)), flush=True)
 
 
 def _paint(lines: list[str]) -> None:

@@ -188,7 +188,9 @@ class PoolState:
             index=max((load.index for load in loads.values()), key=_TRUST.index, default=None),
             index_by_router={router: load.index for router, load in loads.items()},
             drift=max(drifts, default=None),
-            hit_rate=_share(sum(l.cached_tokens for l in loads.values()), sum(l.prompt_tokens for l in loads.values())),
+            hit_rate=_share(
+                sum(load.cached_tokens for load in loads.values()), sum(load.prompt_tokens for load in loads.values())
+            ),
             prefill_tokens_per_s=heartbeat.prefill_tokens_per_s or None if heartbeat else None,
             kv_gb_per_s=self._gb_per_s(worker, loads),
             model=card.model if card else "",
