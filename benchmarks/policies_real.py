@@ -5,7 +5,8 @@
 A nats-server, a router and four `sim` workers that compute prompts and make tokens; the simulated engine sleeps as long as a
 real one would compute, so that two cores are enough. Requests come over HTTP at the workload's times, whatever the answers
 take. Between two runs the policy is switched as `hocket policy set` does it and every prompt gets other tokens, so that no
-run finds anything of another in a cache. A round runs every policy once. `docs/policies.md` says what came of it.
+run finds anything of another in a cache. A round runs every policy once. A run in which even the client was late is done
+again. `docs/policies.md` says what came of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import random
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -44,12 +46,16 @@ POLICIES = (
     *("random", "round_robin", "least_loaded", "power_of_two", "session_affinity"),
     *("prefix_affinity", "kv", "lmetric", "mix", "cost"),
 )
+QUICK = ("random", "round_robin", "least_loaded", "prefix_affinity", "kv", "cost")
 WORKERS = 4
 BLOCK_TOKENS, KV_BLOCKS, SLOTS, CHUNK_TOKENS = 16, 1200, 64, 256
 PREFILL_MS, ITL_MS = 0.25, 5.0  # of one prompt token, of one decode step
 LAYERS = 1
 LENGTH_SCALE = 1 / 32  # Mooncake's blocks of 512 tokens become 16
 LAB_SEEDS = 5
+SHAKE_S = 0.005  # how exactly real clients keep their times
+LATE_MAX_S = 0.02  # a client that is later than that at p99 did not get its share of the machine
+REPEATS_MAX = 10  # of all runs together
 POOL = "policies"
 
 
@@ -89,6 +95,13 @@ def renamed(trace: Trace, salt: str) -> Trace:
     return replace(trace, turns=tuple(named))
 
 
+def shaken(trace: Trace, seed: int) -> Trace:
+    """The same with times as inexact as real clients': a few large prompts that go elsewhere change a hit rate by 2 %."""
+    rng = random.Random(seed)
+    turns = [replace(turn, arrival_s=turn.arrival_s + rng.random() * SHAKE_S) for turn in trace.turns]
+    return replace(trace, turns=tuple(turns))
+
+
 # ---- the lab
 
 
@@ -113,7 +126,8 @@ def predict(workload: Workload, policy: str, engine: Engine, seen: Seen) -> None
     """What the lab says, once for each seed: chance decides between equals, so one run is one of many."""
     runs = [
         run_one(
-            renamed(workload.trace, f"seed-{seed}"), Scenario(decode=WORKERS, policy=policy, engine=engine, seed=seed)
+            renamed(shaken(workload.trace, seed), f"seed-{seed}"),
+            Scenario(decode=WORKERS, policy=policy, engine=engine, seed=seed),
         )
         for seed in range(LAB_SEEDS)
     ]
@@ -140,9 +154,23 @@ class Bench:
         self._client = Client(pool.port, SERVED_NAME)
         self._vocabulary = vocabulary
         self._runs = 0
+        self.repeats = 0
 
     async def measure(self, workload: Workload, policy: str, seen: Seen) -> None:
-        """One run. Raises RuntimeError when a request failed or another policy took part."""
+        """One run that was not disturbed, as far as there are repeats left. Raises RuntimeError."""
+        served, hit_rate = await self._run(workload, policy)
+        while (percentile([one.late_s for one in served], 0.99) or 0.0) > LATE_MAX_S and self.repeats < REPEATS_MAX:
+            self.repeats += 1
+            served, hit_rate = await self._run(workload, policy)
+        seen.served += served
+        seen.ttft_s.append(fmean(one.ttft_s for one in served))
+        seen.hit_rate.append(hit_rate)
+
+    async def _run(self, workload: Workload, policy: str) -> tuple[list[Served], float]:
+        """What the clients saw, and the hit rate that the engines reported.
+
+        Raises RuntimeError when a request failed or another policy took part.
+        """
         self._runs += 1
         trace = renamed(workload.trace, f"run-{self._runs}")
         prompts = prompts_of(trace, f"run {self._runs}", self._vocabulary, planes=LAYERS)
@@ -153,13 +181,13 @@ class Bench:
         (arm,) = status.arms
         if (status.version, arm.requests) != (changed.document.version, len(served)) or arm.errors or arm.replaced:
             raise RuntimeError(f"{policy} on {workload.name}: not all of it was decided by it: {status}")
-        seen.served += served
-        seen.ttft_s.append(fmean(one.ttft_s for one in served))
-        seen.hit_rate.append(arm.cached_tokens / arm.cached_of_tokens)
+        return served, arm.cached_tokens / arm.cached_of_tokens
 
 
-async def measure_all(todo: Sequence[Workload], policies: Sequence[str], rounds: int) -> dict[tuple[str, str], Seen]:
-    """Every policy once a round, so that a disturbance of the machine falls on all of them alike."""
+async def measure_all(
+    todo: Sequence[Workload], policies: Sequence[str], rounds: int
+) -> tuple[dict[tuple[str, str], Seen], int]:
+    """Every policy once a round, so that a disturbance of the machine falls on all of them alike; and the runs done again."""
     found = {(workload.name, policy): Seen() for workload in todo for policy in policies}
     model = resolve_model("demo")
     speed = {"sim-prefill-ms-per-token": PREFILL_MS, "sim-itl-ms": ITL_MS, "sim-layers": LAYERS}
@@ -186,7 +214,7 @@ async def measure_all(todo: Sequence[Workload], policies: Sequence[str], rounds:
                                 progress.step(f"{number + 1}/{rounds} {workload.name} {policy}")
                                 await bench.measure(workload, policy, found[workload.name, policy])
     progress.end()
-    return found
+    return found, bench.repeats
 
 
 # ---- what came of it
@@ -206,6 +234,7 @@ def row_of(workload: Workload, policy: str, seen: Seen) -> Row:
         "itl_p50_ms": percentile(gaps, 0.5),
         "itl_p99_ms": percentile(gaps, 0.99),
         "hit": fmean(seen.hit_rate) * 100,
+        "rounds_hit": " ".join(f"{rate * 100:.1f}" for rate in seen.hit_rate),
         **seen.lab_row,
         "late_p99_ms": percentile([one.late_s * 1e3 for one in seen.served], 0.99),
     }
@@ -289,20 +318,20 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="Mooncake's conversation_trace.jsonl")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, one object each")
-    parser.add_argument("--quick", action="store_true", help="two rounds of half as many requests instead of three")
+    parser.add_argument("--quick", action="store_true", help="two rounds of six policies, half as many requests")
     parser.add_argument("--rounds", type=int, default=0, help="so many rounds")
     parser.add_argument("--policy", action="append", metavar="NAME", help="only these, or your own; may be repeated")
     options = parser.parse_args(None if argv is None else list(argv))
     todo = workloads(options.trace, is_quick=options.quick)
-    policies = tuple(options.policy or POLICIES)
+    policies = tuple(options.policy or (QUICK if options.quick else POLICIES))
     rounds = options.rounds or (2 if options.quick else 3)
-    found = asyncio.run(measure_all(todo, policies, rounds))
+    found, repeats = asyncio.run(measure_all(todo, policies, rounds))
     about: dict[str, Cell] = {
         "machine": machine(),
         "versions": versions("hocket", "nats-py", "uvloop"),
         "rounds": rounds,
     }
-    print(f"{about['machine']}; {about['versions']}; {rounds} rounds")
+    print(f"{about['machine']}; {about['versions']}; {rounds} rounds, {repeats} runs repeated")
     rows = [row for workload in todo for row in report(workload, policies, found)]
     write_json(options.json, [row | about for row in rows])
     return 0

@@ -141,7 +141,8 @@ class Membership:
             return
         blocks = worker.hit_blocks if feed.mode is FeedMode.EXACT else chosen.told_blocks
         drift = self._truth.observe(
-            worker.worker_id, predicted_tokens=blocks * worker.block_tokens, cached_tokens=cached_tokens,
+            worker.worker_id, told_tokens=chosen.told_blocks * worker.block_tokens,
+            predicted_tokens=blocks * worker.block_tokens, cached_tokens=cached_tokens,
             prompt_tokens=chosen.request.prompt_tokens,
         )  # fmt: skip
         self._count_reported(worker.worker_id, chosen.request.prompt_tokens, cached_tokens)
