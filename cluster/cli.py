@@ -285,6 +285,7 @@ def _top(options: argparse.Namespace) -> int:
     from .operate import OperateError
     from .top import show_top
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that the terminal is left as it was.
     try:
         return asyncio.run(show_top(config, is_once=options.once, as_json=options.json, every_s=options.every_s))
     except OperateError as error:

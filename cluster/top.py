@@ -37,7 +37,8 @@ async def show_top(config: PoolConfig, *, is_once: bool, as_json: bool, every_s:
             await watch.start()
             await watch.look()
             await asyncio.sleep(LISTEN_S)
-            view = await watch.look()
+            await watch.look()
+            view = watch.view()
             if not view.routers and not view.workers:
                 raise OperateError(
                     f"no router answered and no worker was heard of pool {config.pool!r} within {LISTEN_S} s; "
@@ -65,15 +66,18 @@ class Watch:
         """Begin to hear the workers."""
         await self._bus.subscribe(subjects.load_all(self._pool), self._on_load)
 
-    async def look(self) -> PoolView:
-        """Ask the routers, and the registry for what is new; what is there now. Raises BusError."""
+    def view(self) -> PoolView:
+        """What is known now."""
+        return self._state.view(self._clock())
+
+    async def look(self) -> None:
+        """Ask the routers, and the registry for the cards of those that are new. Raises BusError."""
         loads = await ask_all(self._bus, self._pool, AskLoad(), RouterLoad)
         policies = await ask_all(self._bus, self._pool, AskPolicies(), PolicyStatus, count=len(loads)) if loads else []
         self._state.routers_told(loads, policies, self._clock())
         for worker in self._state.without_card():
             if (card := await self._bus.registry.get(worker)) is not None:
                 self._state.card(card)
-        return self._state.view(self._clock())
 
     def _on_load(self, delivery: Delivery) -> None:
         message = decode(delivery.payload)
@@ -86,9 +90,14 @@ async def _keep_showing(watch: Watch, *, as_json: bool, every_s: float) -> None:
     is_screen = sys.stdout.isatty() and not as_json
     with _screen() if is_screen else contextlib.nullcontext():
         while True:
-            view = await watch.look()
+            try:
+                await watch.look()
+                trouble = []
+            except BusError as error:  # It comes back, or the one who looks has seen enough.
+                trouble = [f"! {error}"]
+            view = watch.view()
             if is_screen:
-                _paint(top_lines(view))
+                _paint([*top_lines(view), *trouble])
             else:
                 print(json.dumps(msgspec.to_builtins(view)) if as_json else "\n".join(top_lines(view)), flush=True)
             await asyncio.sleep(every_s)
