@@ -26,7 +26,7 @@ from statistics import fmean
 import msgspec
 import numpy as np
 from local_pool import SERVED_NAME, Pool, running_pool, sim_worker
-from measure import Cell, Progress, Row, machine, percentile, print_table, versions, write_json
+from measure import Cell, Progress, Row, machine, median_row, percentile, print_table, versions, write_json
 from replay_load import Client, Served, conversations, prompts_of
 
 from hocket.bus.base import Bus
@@ -73,7 +73,7 @@ class Seen:
 
     ttft_s: list[float] = field(default_factory=list)  # means
     hit_rate: list[float] = field(default_factory=list)
-    served: list[Served] = field(default_factory=list)  # of all rounds
+    rows: list[Row] = field(default_factory=list)
     lab_ttft_s: list[float] = field(default_factory=list)
     lab_hit_rate: list[float] = field(default_factory=list)
     lab_row: Row = field(default_factory=dict)
@@ -162,9 +162,9 @@ class Bench:
         while (percentile([one.late_s for one in served], 0.99) or 0.0) > LATE_MAX_S and self.repeats < REPEATS_MAX:
             self.repeats += 1
             served, hit_rate = await self._run(workload, policy)
-        seen.served += served
         seen.ttft_s.append(fmean(one.ttft_s for one in served))
         seen.hit_rate.append(hit_rate)
+        seen.rows.append(row_of(served, hit_rate))
 
     async def _run(self, workload: Workload, policy: str) -> tuple[list[Served], float]:
         """What the clients saw, and the hit rate that the engines reported.
@@ -220,23 +220,30 @@ async def measure_all(
 # ---- what came of it
 
 
-def row_of(workload: Workload, policy: str, seen: Seen) -> Row:
-    """One line: real beside lab."""
-    waits = [one.ttft_s * 1e3 for one in seen.served]
-    gaps = [one.tpot_s * 1e3 for one in seen.served if one.tpot_s is not None]
+def row_of(served: Sequence[Served], hit_rate: float) -> Row:
+    """One run in figures."""
+    waits = [one.ttft_s * 1e3 for one in served]
+    gaps = [one.tpot_s * 1e3 for one in served if one.tpot_s is not None]
     return {
-        "workload": workload.name,
-        "policy": policy,
-        "mean_ms": fmean(seen.ttft_s) * 1e3,
-        "rounds_ms": " ".join(f"{mean_s * 1e3:.0f}" for mean_s in seen.ttft_s),
+        "mean_ms": fmean(waits),
         "p50_ms": percentile(waits, 0.5),
         "p99_ms": percentile(waits, 0.99),
         "itl_p50_ms": percentile(gaps, 0.5),
         "itl_p99_ms": percentile(gaps, 0.99),
-        "hit": fmean(seen.hit_rate) * 100,
-        "rounds_hit": " ".join(f"{rate * 100:.1f}" for rate in seen.hit_rate),
+        "hit": hit_rate * 100,
+        "late_p99_ms": percentile([one.late_s * 1e3 for one in served], 0.99),
+    }
+
+
+def line_of(workload: Workload, policy: str, seen: Seen) -> Row:
+    """The medians of the rounds, beside the lab's means."""
+    return {
+        "workload": workload.name,
+        "policy": policy,
+        **median_row(seen.rows),
         **seen.lab_row,
-        "late_p99_ms": percentile([one.late_s * 1e3 for one in seen.served], 0.99),
+        "rounds_ms": " ".join(f"{mean_s * 1e3:.0f}" for mean_s in seen.ttft_s),
+        "rounds_hit": " ".join(f"{rate * 100:.1f}" for rate in seen.hit_rate),
     }
 
 
@@ -290,7 +297,7 @@ COLUMNS = {
 def report(workload: Workload, policies: Sequence[str], found: dict[tuple[str, str], Seen]) -> list[Row]:
     """The table of one workload and whether the order is confirmed, on stdout."""
     each = {policy: found[workload.name, policy] for policy in policies}
-    rows = [row_of(workload, policy, seen) for policy, seen in each.items()]
+    rows = [line_of(workload, policy, seen) for policy, seen in each.items()]
     turns = workload.trace.turns
     ideal = workload.trace.ideal_hit_tokens(BLOCK_TOKENS) / sum(turn.prompt_tokens for turn in turns)
     length = fmean(turn.prompt_tokens for turn in turns)
