@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import random
 import sys
@@ -77,6 +78,10 @@ class Seen:
     lab_ttft_s: list[float] = field(default_factory=list)
     lab_hit_rate: list[float] = field(default_factory=list)
     lab_row: Row = field(default_factory=dict)
+
+
+Found = dict[tuple[str, str], Seen]
+"""By workload and policy."""
 
 
 def workloads(path: Path, *, is_quick: bool) -> list[Workload]:
@@ -184,37 +189,39 @@ class Bench:
         return served, arm.cached_tokens / arm.cached_of_tokens
 
 
-async def measure_all(
-    todo: Sequence[Workload], policies: Sequence[str], rounds: int
-) -> tuple[dict[tuple[str, str], Seen], int]:
+async def measure_all(todo: Sequence[Workload], policies: Sequence[str], rounds: int) -> tuple[Found, int]:
     """Every policy once a round, so that a disturbance of the machine falls on all of them alike; and the runs done again."""
     found = {(workload.name, policy): Seen() for workload in todo for policy in policies}
+    cells = [(workload, policy, found[workload.name, policy]) for workload in todo for policy in policies]
+    progress = Progress(len(cells) * (rounds + 1))
+    async with contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hocket-bench-")))
+        engine = lab_engine(folder)
+        for workload, policy, seen in cells:
+            progress.step(f"lab {workload.name} {policy}")
+            predict(workload, policy, engine, seen)
+        gc.freeze()
+        bench = await running_bench(stack, folder)
+        for number in range(rounds):
+            for workload, policy, seen in cells:
+                progress.step(f"{number + 1}/{rounds} {workload.name} {policy}")
+                await bench.measure(workload, policy, seen)
+    progress.end()
+    return found, bench.repeats
+
+
+async def running_bench(stack: contextlib.AsyncExitStack, folder: Path) -> Bench:
+    """The processes, which end with the stack."""
     model = resolve_model("demo")
     speed = {"sim-prefill-ms-per-token": PREFILL_MS, "sim-itl-ms": ITL_MS, "sim-layers": LAYERS}
     sizes = {"block-tokens": BLOCK_TOKENS, "kv-blocks": KV_BLOCKS, "slots": SLOTS, "chunk-tokens": CHUNK_TOKENS}
     workers = {f"decode-{number}": sim_worker("decode", {**speed, **sizes}) for number in range(WORKERS)}
-    progress = Progress(len(found) * (rounds + 1))
-    with tempfile.TemporaryDirectory(prefix="hocket-bench-") as name:
-        folder = Path(name)
-        engine = lab_engine(folder)
-        for workload in todo:
-            for policy in policies:
-                progress.step(f"lab {workload.name} {policy}")
-                predict(workload, policy, engine, found[workload.name, policy])
-        gc.freeze()
-        async with EmbeddedServer(folder / "nats") as server:
-            with running_pool(
-                POOL, server.url, model, folder, workers=workers, router={"policy": "random"}, is_pinned=False
-            ) as pool:
-                async with pool_bus(server.url) as bus:
-                    bench = Bench(bus, pool, sim_vocabulary(str(model), 0))
-                    for number in range(rounds):
-                        for workload in todo:
-                            for policy in policies:
-                                progress.step(f"{number + 1}/{rounds} {workload.name} {policy}")
-                                await bench.measure(workload, policy, found[workload.name, policy])
-    progress.end()
-    return found, bench.repeats
+    server = await stack.enter_async_context(EmbeddedServer(folder / "nats"))
+    pool = stack.enter_context(
+        running_pool(POOL, server.url, model, folder, workers=workers, router={"policy": "random"}, is_pinned=False)
+    )
+    bus = await stack.enter_async_context(pool_bus(server.url))
+    return Bench(bus, pool, sim_vocabulary(str(model), 0))
 
 
 # ---- what came of it
@@ -263,9 +270,7 @@ def order_of(real: dict[str, list[float]], lab: dict[str, list[float]]) -> Order
     for one, other in combinations(real, 2):
         signs = [_sign(values[one], values[other]) for values in (real, lab)]
         pair = f"{one} and {other}"
-        (order.agree if signs[0] == signs[1] else order.differ if all(signs) else order.ties).append(pair)
-        if signs == [0, 0]:
-            order.ties.append(order.agree.pop())
+        (order.ties if not all(signs) else order.agree if signs[0] == signs[1] else order.differ).append(pair)
     ranks = [np.argsort(np.argsort([fmean(values) for values in each.values()])) for each in (real, lab)]
     order.spearman = float(np.corrcoef(*ranks)[0, 1])
     return order
@@ -294,7 +299,7 @@ COLUMNS = {
 }
 
 
-def report(workload: Workload, policies: Sequence[str], found: dict[tuple[str, str], Seen]) -> list[Row]:
+def report(workload: Workload, policies: Sequence[str], found: Found) -> list[Row]:
     """The table of one workload and whether the order is confirmed, on stdout."""
     each = {policy: found[workload.name, policy] for policy in policies}
     rows = [line_of(workload, policy, seen) for policy, seen in each.items()]
