@@ -332,9 +332,10 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, one object each")
     parser.add_argument("--quick", action="store_true", help="two rounds of six policies, half as many requests")
     parser.add_argument("--rounds", type=int, default=0, help="so many rounds")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the workload whose name contains this")
     parser.add_argument("--policy", action="append", metavar="NAME", help="only these, or your own; may be repeated")
     options = parser.parse_args(None if argv is None else list(argv))
-    todo = workloads(options.trace, is_quick=options.quick)
+    todo = [each for each in workloads(options.trace, is_quick=options.quick) if options.only in each.name]
     policies = tuple(options.policy or (QUICK if options.quick else POLICIES))
     rounds = options.rounds or (2 if options.quick else 3)
     found, repeats = asyncio.run(measure_all(todo, policies, rounds))
