@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +66,9 @@ def running_pool(
     is_pinned: bool = True,
     profile: tuple[str, Path] | None = None,
 ) -> Iterator[Pool]:
-    """Start the processes of pool `name`, a worker for each role in `workers`, and stop them at the end. Logs are in `folder`.
+    """Start the processes of pool `name`, `workers` and a router, and stop them at the end. Logs are in `folder`.
 
+    A worker is named by its role and, where there are several of it, what follows a dash: decode-1, decode-2.
     With `profile`, a role and a file, that process runs under cProfile, which writes there when it stops.
     """
     settings = {"NATS": nats_url, "POOL": name, "MODEL": model, "SERVED_NAME": SERVED_NAME, "LOG_LEVEL": "warning"}
@@ -147,10 +149,11 @@ class _Process:
             self._process.stdout.close()
 
 
-def _wait_workers(url: str, roles: Iterable[str]) -> None:
-    """Until the router counts a worker of each role: without the prefill worker the plan would be a local prefill."""
+def _wait_workers(url: str, names: Iterable[str]) -> None:
+    """Until the router counts every worker: without the prefill worker the plan would be a local prefill."""
     end_s = time.monotonic() + _START_TIMEOUT_S
-    wanted = {f'hocket_workers{{role="{role}"}} 1.0' for role in roles}
+    roles = Counter(name.partition("-")[0] for name in names)
+    wanted = {f'hocket_workers{{role="{role}"}} {count:.1f}' for role, count in roles.items()}
     while time.monotonic() < end_s:
         with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
             if wanted <= set(answer.read().decode().splitlines()):

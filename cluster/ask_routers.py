@@ -16,6 +16,7 @@ from ..router.control_messages import (
     PolicyStatus,
     Question,
     ReceiptAnswer,
+    RouterLoad,
     decode_answer,
     encode,
 )
@@ -24,7 +25,7 @@ QUIET_S = 0.3
 """Routers answer in a few ms; how many there are nobody knows."""
 ANSWERS_S = 3.0
 
-OneAnswer = TypeVar("OneAnswer", PoliciesTried, PolicyStatus, ReceiptAnswer)
+OneAnswer = TypeVar("OneAnswer", PoliciesTried, PolicyStatus, ReceiptAnswer, RouterLoad)
 
 
 @asynccontextmanager

@@ -109,6 +109,15 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print it as JSON (default: no)")
     explain.set_defaults(run=_explain)
 
+    top = _command(commands, "top", "show a pool's routers and workers, live; Ctrl-C ends it")
+    add_flags(top, "pool", cluster.POOL)
+    top.add_argument("--once", action="store_true", help="print it once and end (default: no)")
+    top.add_argument("--json", action="store_true", help="print it as JSON, one line each time (default: no)")
+    top.add_argument(
+        "--every-s", metavar="SECONDS", type=float, default=1.0, help="time between two looks (default: 1)"
+    )
+    top.set_defaults(run=_top)
+
     model = commands.add_parser("model", help="find or fetch models", description="Find or fetch models.")
     actions = model.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     fetch = "fetch and convert the demo model unless it is there, and print its folder"
@@ -289,6 +298,24 @@ def _explain(options: argparse.Namespace) -> int:
         return asyncio.run(explain(config, options.request_id, as_json=options.json))
     except OperateError as error:
         return _refuse(error, 1)
+
+
+def _top(options: argparse.Namespace) -> int:
+    config = _pool(options)
+    if not 0 < options.every_s <= 3600:
+        raise SettingsError("--every-s is above 0 and at most 3600")
+    import asyncio
+
+    from .operate import OperateError
+    from .top import show_top
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that the terminal is left as it was.
+    try:
+        return asyncio.run(show_top(config, is_once=options.once, as_json=options.json, every_s=options.every_s))
+    except OperateError as error:
+        return _refuse(error, 1)
+    except KeyboardInterrupt:
+        return 0
 
 
 def _router(options: argparse.Namespace) -> int:

@@ -84,7 +84,7 @@ class DoctorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class PoolConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whose routers `hocket policy` and `hocket explain` ask."""
+    """Whose routers `hocket policy`, `hocket explain` and `hocket top` ask."""
 
     nats: Annotated[
         str,

@@ -119,6 +119,7 @@ class RouterModel:
         blocks = worker.hit_blocks if feed.mode is FeedMode.EXACT else chosen.told_blocks
         self._truth.observe(
             worker.worker_id,
+            told_tokens=chosen.told_blocks * worker.block_tokens,
             predicted_tokens=blocks * worker.block_tokens,
             cached_tokens=cached_tokens,
             prompt_tokens=chosen.request.prompt_tokens,

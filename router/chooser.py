@@ -53,6 +53,7 @@ class Ask:
             hashes=lambda block_tokens: block_hashes(generation.packed_tokens, block_tokens, parent=parent),
             deadline_s=generation.deadline_s,
             tenant=generation.tenant,
+            session_id=generation.session_id,
             priority=generation.priority,
         )
 

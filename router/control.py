@@ -25,6 +25,7 @@ from ..bus.base import Bus, BusError, Delivery
 from ..bus.ids import RouterId
 from .control_messages import (
     Answer,
+    AskLoad,
     AskPolicies,
     AskReceipt,
     PoliciesTried,
@@ -32,6 +33,7 @@ from .control_messages import (
     PolicyDocument,
     PolicyStatus,
     ReceiptAnswer,
+    RouterLoad,
     TryPolicies,
     decode_question,
     encode,
@@ -71,6 +73,7 @@ class Control:
         receipts: Receipts,
         *,
         install: Callable[[PolicySet], None],
+        load: Callable[[], RouterLoad],
         metrics: RouterMetrics,
         clock: Callable[[], float],
     ) -> None:
@@ -82,6 +85,7 @@ class Control:
         self._router_id = router_id
         self._receipts = receipts
         self._install = install
+        self._load_now = load
         self._metrics = metrics
         self._clock = clock
         self._since_s = clock()
@@ -200,6 +204,8 @@ class Control:
                 found, held = self._receipts.find(request_id), len(self._receipts)
                 oldest_s = self._receipts.oldest_s(self._clock())
                 self._answer(delivery, ReceiptAnswer(self._router_id, found, held, oldest_s))
+            case AskLoad():
+                self._answer(delivery, self._load_now())
             case AskPolicies(reads=False):
                 self._answer(delivery, self.status())
             case AskPolicies() | TryPolicies():

@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 
 from ..bus.ids import RequestId, RouterId, WorkerId
+from ..bus.messages import LaneLoad
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 PolicyName = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
@@ -227,6 +228,25 @@ class Receipt(msgspec.Struct, frozen=True, omit_defaults=True):
     outcome: OutcomeReceipt | None = None  # None: it runs
 
 
+# ---- load
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one router knows of one worker; the counts are of the requests that it sent there, since the worker joined."""
+
+    role: str  # "prefill" | "decode"
+    index: str  # "exact" | "catching_up" | "approximate"
+    heard_s: float  # since its last sign of life
+    is_suspect: bool = False  # silent for so long that it gets no new work
+    streams: int = 0  # in flight there
+    drift: float | None = (
+        None  # share of prompt tokens whose hit was predicted wrongly, smoothed; None: nothing reported yet
+    )
+    prompt_tokens: int = 0  # of the prompts that the engine has reported on
+    cached_tokens: int = 0  # of those, in its prefix cache
+    kv_bytes: int = 0  # that a prefill worker has sent
+
+
 # ---- questions and answers
 
 
@@ -246,6 +266,10 @@ class AskReceipt(msgspec.Struct, frozen=True, tag="ask_receipt"):
     """Command to routers, answered with ReceiptAnswer."""
 
     request_id: RequestId
+
+
+class AskLoad(msgspec.Struct, frozen=True, tag="ask_load"):
+    """Command to routers, answered with RouterLoad."""
 
 
 class PoliciesTried(msgspec.Struct, frozen=True, tag="policies_tried"):
@@ -277,8 +301,17 @@ class ReceiptAnswer(msgspec.Struct, frozen=True, tag="receipt"):
     oldest_s: float = 0.0  # age of the oldest of them
 
 
-Question = AskPolicies | TryPolicies | AskReceipt
-Answer = PoliciesTried | PolicyStatus | ReceiptAnswer
+class RouterLoad(msgspec.Struct, frozen=True, tag="router_load"):
+    """Router to command: what is in flight here, what waits for prefill, and what is known of the workers."""
+
+    router_id: RouterId
+    in_flight: int
+    lanes: dict[WorkerId, LaneLoad]  # by prefill worker; "": the shared lane
+    workers: dict[WorkerId, WorkerLoad]
+
+
+Question = AskPolicies | TryPolicies | AskReceipt | AskLoad
+Answer = PoliciesTried | PolicyStatus | ReceiptAnswer | RouterLoad
 
 _encoder = msgspec.msgpack.Encoder()
 _questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)

@@ -10,7 +10,7 @@ import msgspec
 from ..bus import subjects
 from ..bus.base import Bus, BusDisconnected, BusError, NoResponders, QueueFull
 from ..bus.ids import RouterId, WorkerId
-from ..bus.messages import Admitted, DecodeJob, PrefillJob, Refused, decode, encode
+from ..bus.messages import Admitted, DecodeJob, PrefillFailed, PrefillJob, Refused, decode, encode
 from .generation import Overloaded
 from .membership import Membership
 from .metrics import RouterMetrics
@@ -50,6 +50,16 @@ class Dispatch:
         self._share_of = share_of
         self._clock = clock
         self._wall_clock = wall_clock
+
+    async def start(self) -> None:
+        """Begin to hear of jobs that the queue has given up; the router that owns one is told."""
+        await self._bus.jobs.watch_exhausted(self._on_exhausted)
+
+    def _on_exhausted(self, payload: bytes) -> None:
+        job = decode(payload)
+        if isinstance(job, PrefillJob):
+            message = PrefillFailed(job.request_id, job.attempt, "exhausted", "delivered in vain as often as allowed")
+            self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
 
     async def ask_decode(self, machine: RequestMachine, stream_id: int, ask: AskDecode) -> list[Instruction]:
         """Ask a decode worker to admit the request."""

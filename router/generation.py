@@ -25,6 +25,7 @@ class Generation:
     explains: bool = False  # the client asked for its receipt
     tenant: str = ""  # who asks; limits and fair shares are by tenant
     priority: int = 0  # higher goes first
+    session_id: str = ""  # of the conversation, where the client says so
 
 
 @dataclass(frozen=True, slots=True)

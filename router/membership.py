@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 
 import msgspec
 
@@ -20,10 +21,12 @@ from ..bus.messages import (
     KvSnapshotRequest,
     Message,
     Ping,
+    PrefillDone,
     decode,
     encode,
 )
 from .chooser import Chosen
+from .control_messages import WorkerLoad
 from .index import PrefixIndex
 from .kv_feed import FeedMode, KvFeed
 from .metrics import RouterMetrics
@@ -40,6 +43,15 @@ PAUSE_S = 1.0
 """A gap between ticks that means we were suspended ourselves: what the workers said meanwhile is still to be read."""
 SNAPSHOT_RETRY_S = 1.0
 """A snapshot that failed is asked for again after this long."""
+
+
+@dataclass(slots=True)
+class _Reported:
+    """What the engine of one worker has reported of our requests."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    kv_bytes: int = 0
 
 
 class Membership:
@@ -64,6 +76,7 @@ class Membership:
         self._on_lost = on_lost
         self._feeds: dict[WorkerId, KvFeed] = {}
         self._truth = TruthCheck()
+        self._reported: dict[WorkerId, _Reported] = {}
         self._asking: set[tuple[str, WorkerId]] = set()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -106,6 +119,7 @@ class Membership:
         log.warning("worker lost: %s", why, extra={"worker_id": worker})
         self._feeds.pop(worker, None)
         self._truth.forget(worker)
+        self._reported.pop(worker, None)
         self._metrics.forget_worker(worker)
         self.index.remove_worker(worker)
         self._metrics.worker_losses.labels(member.card.role).inc()
@@ -127,14 +141,48 @@ class Membership:
             return
         blocks = worker.hit_blocks if feed.mode is FeedMode.EXACT else chosen.told_blocks
         drift = self._truth.observe(
-            worker.worker_id, predicted_tokens=blocks * worker.block_tokens, cached_tokens=cached_tokens,
+            worker.worker_id, told_tokens=chosen.told_blocks * worker.block_tokens,
+            predicted_tokens=blocks * worker.block_tokens, cached_tokens=cached_tokens,
             prompt_tokens=chosen.request.prompt_tokens,
         )  # fmt: skip
+        self._count_reported(worker.worker_id, chosen.request.prompt_tokens, cached_tokens)
         self._metrics.index_drift.labels(worker.worker_id).set(drift)
         if feed.on_truth(has_drifted=self._truth.has_drifted(worker.worker_id)):
             log.warning("prefix index drifted: %.2f of the tokens", drift, extra={"worker_id": worker.worker_id})
             self._ask("snapshot", worker.worker_id, self._fetch_snapshot(worker.worker_id))
         self._show_mode(worker.worker_id, feed)
+
+    def prefilled(self, done: PrefillDone) -> None:
+        """A prefill worker reports one prompt."""
+        if self.view.get(done.worker_id) is not None:
+            prompt_tokens = done.computed_tokens + done.cached_tokens
+            self._count_reported(done.worker_id, prompt_tokens, done.cached_tokens, done.kv_bytes)
+
+    def loads(self) -> dict[WorkerId, WorkerLoad]:
+        """Every worker, as it is known here now."""
+        now = self._clock()
+        return {member.card.worker_id: self._load_of(member, now) for member in self.view.members()}
+
+    def _load_of(self, member: Member, now: float) -> WorkerLoad:
+        worker = member.card.worker_id
+        reported = self._reported.get(worker, _Reported())
+        return WorkerLoad(
+            role=member.card.role,
+            index=self._feeds[worker].mode.value,
+            heard_s=now - member.seen_s,
+            is_suspect=member.is_suspect,
+            streams=len(member.in_flight),
+            drift=self._truth.drift(worker),
+            prompt_tokens=reported.prompt_tokens,
+            cached_tokens=reported.cached_tokens,
+            kv_bytes=reported.kv_bytes,
+        )
+
+    def _count_reported(self, worker: WorkerId, prompt_tokens: int, cached_tokens: int, kv_bytes: int = 0) -> None:
+        reported = self._reported.setdefault(worker, _Reported())
+        reported.prompt_tokens += prompt_tokens
+        reported.cached_tokens += cached_tokens
+        reported.kv_bytes += kv_bytes
 
     def _show_mode(self, worker: WorkerId, feed: KvFeed) -> None:
         self.view.trust(worker, feed.mode.value)

@@ -23,7 +23,6 @@ from ..bus.messages import (
     PrefillClaimed,
     PrefillDone,
     PrefillFailed,
-    PrefillJob,
     PrefillReturned,
     decode,
     encode,
@@ -31,7 +30,7 @@ from ..bus.messages import (
 from .chooser import Ask, Chooser
 from .config import RouterConfig
 from .control import Control
-from .control_messages import PolicyConfig, Receipt
+from .control_messages import PolicyConfig, Receipt, RouterLoad
 from .dispatch import Dispatch
 from .gate import Gate
 from .generation import Failure, Generation, Overloaded, Started, TokenStreams
@@ -106,7 +105,7 @@ class Router:
         self.receipts = Receipts(router_id, bytes_max=config.receipts_bytes_max)
         self.control = Control(
             bus, config.pool, router_id, PolicyConfig(config.policy), policy, self.receipts,
-            install=self._install_policies, metrics=metrics, clock=clock,
+            install=self._install_policies, load=self._load, metrics=metrics, clock=clock,
         )  # fmt: skip
         self.chooser = Chooser(
             view,
@@ -138,7 +137,7 @@ class Router:
             )
             await self._bus.subscribe(subjects.tokens(self._router_id), on_frame)
             await self._bus.subscribe(subjects.events(self._router_id), self._on_event)
-            await self._bus.jobs.watch_exhausted(self._on_exhausted)
+            await self._dispatch.start()
             await self.sharing.start()
             self._bus.on_connection(self._on_connection)
             await self.membership.start(tasks)
@@ -302,6 +301,7 @@ class Router:
             case PrefillReturned():
                 self._now(live, live.machine.returned(message.attempt, message.worker_id))
             case PrefillDone():
+                self.membership.prefilled(message)
                 self._now(live, live.machine.prefill_done(message.attempt))
             case PrefillFailed():
                 if message.reason == "exhausted":
@@ -316,12 +316,6 @@ class Router:
         claimer = live.machine.claimed_by
         if claimer is not None and claimer != now_with and attempt == live.machine.attempt:
             self.membership.doubt(claimer)
-
-    def _on_exhausted(self, payload: bytes) -> None:
-        job = decode(payload)
-        if isinstance(job, PrefillJob):
-            message = PrefillFailed(job.request_id, job.attempt, "exhausted", "delivered in vain as often as allowed")
-            self._bus.publish_nowait(subjects.events(job.router_id), encode(message))
 
     async def _watch_deadlines(self) -> None:
         while True:
@@ -471,6 +465,9 @@ class Router:
             output_tokens=output_tokens,
         )
         self.chooser.observe(outcome, now)
+
+    def _load(self) -> RouterLoad:
+        return RouterLoad(self._router_id, len(self._live), self.sharing.lanes(), self.membership.loads())
 
     def _install_policies(self, policies: PolicySet) -> None:
         self.chooser.policy = policies

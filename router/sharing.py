@@ -16,7 +16,7 @@ import msgspec
 from ..bus import subjects
 from ..bus.base import Bus, Delivery
 from ..bus.ids import RouterId, WorkerId
-from ..bus.messages import PlacedLoad, decode, encode
+from ..bus.messages import LaneLoad, PlacedLoad, decode, encode
 from .placed import OtherRouters, PlacedJobs
 from .view import ClusterView
 
@@ -88,6 +88,10 @@ class LoadSharing:
     def changed(self) -> None:
         """Something was placed or has ended: say so soon."""
         self._changed.set()
+
+    def lanes(self) -> dict[WorkerId, LaneLoad]:
+        """Our jobs that nobody has claimed, by prefill worker; "": the shared lane."""
+        return self.jobs.loads(self._clock(), self._can_take_work)
 
     def _placed(self, now: float) -> PlacedLoad:
         decode_load = {

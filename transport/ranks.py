@@ -134,7 +134,7 @@ class RankEndpoint(HandoffEndpointLike, Protocol):
     @property
     def stats(self) -> EndpointStats: ...
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None: ...
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None: ...
 
     async def probe(self, addresses: Sequence[str], *, decode_epoch: int) -> ProbeReport: ...
 
@@ -243,11 +243,11 @@ class RankedEndpoint:
         for sub in self._orders.get(key, ()):
             self._ranks[sub.rank].announce(sub.key, chunk)
 
-    def gather_ahead(self, keys: Iterable[HandoffKey], layer: int, stream: object) -> None:
+    def gather_ahead(self, keys: Iterable[HandoffKey], layers: Sequence[int], stream: object) -> None:
         """From any thread; see `HandoffEndpoint.gather_ahead`."""
         subs = [sub for key in keys for sub in self._orders.get(key, ())]
         for index, rank in enumerate(self._ranks):
-            rank.gather_ahead([sub.key for sub in subs if sub.rank == index], layer, stream)
+            rank.gather_ahead([sub.key for sub in subs if sub.rank == index], layers, stream)
 
     def layer_ready(self, key: HandoffKey, layer: int) -> None:
         for sub in self._orders.get(key, ()):

@@ -1,4 +1,4 @@
-"""Who asks, as the headers of a request say it: tenant, priority, patience."""
+"""Who asks, as the headers of a request say it: tenant, priority, conversation, patience."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from .errors import bad_request
 
 TENANT = "x-hocket-tenant"
 PRIORITY = "x-hocket-priority"
+SESSION = "x-hocket-session"
 TIMEOUT = "x-hocket-timeout-s"
 PRIORITY_MAX = 8
 _TENANT = re.compile(r"[!-~]{1,64}\Z")
+_SESSION = re.compile(r"[!-~]{1,128}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Caller:
     tenant: str
     priority: int
     timeout_s: float
+    session_id: str = ""  # of the conversation; "": not said
 
 
 def caller_of(headers: Iterable[tuple[bytes, bytes]], config: RouterConfig) -> Caller:
@@ -39,8 +42,11 @@ def caller_of(headers: Iterable[tuple[bytes, bytes]], config: RouterConfig) -> C
         if tenant and not _TENANT.match(tenant):
             raise bad_request(f"{TENANT} is 1 to 64 visible ASCII characters", TENANT)
         priority = int(_number(given, PRIORITY, 0, -PRIORITY_MAX, PRIORITY_MAX))
+    session_id = given.get(SESSION.encode(), b"").decode("latin-1")
+    if session_id and not _SESSION.match(session_id):
+        raise bad_request(f"{SESSION} is 1 to 128 visible ASCII characters", SESSION)
     timeout_s = _number(given, TIMEOUT, config.request_timeout_s, 0.001, float("inf"))
-    return Caller(tenant, priority, min(timeout_s, config.request_timeout_s))
+    return Caller(tenant, priority, min(timeout_s, config.request_timeout_s), session_id)
 
 
 def _number(given: dict[bytes, bytes], name: str, default: float, low: float, high: float) -> float:

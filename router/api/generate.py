@@ -187,6 +187,7 @@ class Generator:
                     deadline_s,
                     tenant=caller.tenant,
                     priority=caller.priority,
+                    session_id=caller.session_id,
                 )
                 detokenizer = self._text.detokenizer(prompt.token_ids)
                 writer = answer.choice(index, prompt.echo)

@@ -31,6 +31,7 @@ COMMANDS = (
     "policy shadow",
     "policy rollback",
     "explain",
+    "top",
     "router",
     "worker",
     "worker prefill",
@@ -89,6 +90,7 @@ def test_help_of_each_command_is_there_and_exits_0(command: str):
         ("doctor", cluster.DoctorConfig, ()),
         ("policy show", cluster.PoolConfig, ()),
         ("explain", cluster.PoolConfig, ()),
+        ("top", cluster.PoolConfig, ()),
     ],
 )
 def test_help_lists_every_setting_with_its_default_and_a_sentence(

@@ -6,6 +6,7 @@ import array
 import random
 import tracemalloc
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,7 +230,7 @@ def test_drift_needs_several_wrong_predictions_and_right_ones_end_it():
     truth = TruthCheck()
 
     def see(cached: int) -> None:
-        truth.observe(A, predicted_tokens=64, cached_tokens=cached, prompt_tokens=64)
+        truth.observe(A, told_tokens=64, predicted_tokens=64, cached_tokens=cached, prompt_tokens=64)
 
     for _ in range(OBSERVATIONS_MIN - 1):
         see(0)
@@ -240,6 +241,23 @@ def test_drift_needs_several_wrong_predictions_and_right_ones_end_it():
         see(63)  # The engine computes the last token in any case.
     assert not truth.has_drifted(A)
     assert not truth.has_drifted(B)
+
+
+def test_whether_a_sibling_was_there_in_time_is_no_drift_but_what_nobody_told_of_is():
+    truth = TruthCheck()
+
+    def see(worker: WorkerId, told: int, predicted: int, cached: int) -> float:
+        return truth.observe(
+            worker, told_tokens=told, predicted_tokens=predicted, cached_tokens=cached, prompt_tokens=64
+        )
+
+    for cached in (16, 32, 48, 63):
+        assert see(A, 16, 64, cached) == 0.0
+    assert see(A, 16, 48, 0) == pytest.approx(0.25 / 5)  # Less than its events tell.
+    assert see(B, 16, 32, 48) == 0.25  # More than anybody knew of.
+    assert truth.drift(B) == 0.25
+    truth.forget(B)
+    assert truth.drift(B) is None
 
 
 def snapshot(seq: int, hashes: list[int], *, is_complete: bool = True) -> KvSnapshot:

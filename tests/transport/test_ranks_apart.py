@@ -108,7 +108,7 @@ async def test_every_rank_has_its_heads_and_each_head_came_once(heads: int, from
         for endpoint in prefill.endpoints:
             endpoint.open(order, prefill.on_sent, decode_ranks=to_ranks)
             endpoint.announce(KEY, chunk(0, FROM_IDS))
-            endpoint.gather_ahead([KEY], 0, None)
+            endpoint.gather_ahead([KEY], [0], None)
             endpoint.layers_ready(KEY, range(LAYERS))
         await wait_until(lambda: len(decode.received) == to_ranks and len(prefill.sent) == from_ranks)
     assert all(end.is_landed for end in (*decode.received, *prefill.sent))

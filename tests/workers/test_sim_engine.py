@@ -24,6 +24,21 @@ async def test_a_prompt_computed_by_the_decode_engine_gives_the_expected_tokens(
     assert pair.outputs[b"local".hex()][-1].finish == FINISH_LENGTH
 
 
+async def test_who_waits_for_a_step_finds_what_was_computed_meanwhile(sim_pair: PairMaker):
+    pair = await sim_pair(chunk_tokens=64)
+    prompt = prompt_of(96, 1)
+    cached: list[list[int | None]] = [[], []]
+    async with asyncio.TaskGroup() as tasks:
+        for seen in cached:
+            tasks.create_task(
+                pair.answer(prompt, GREEDY, on_step=lambda step, seen=seen: seen.append(step.cached_tokens))
+            )
+    assert [seen[0] for seen in cached] == [
+        0,
+        64,
+    ]  # After the first step there are 32 tokens left for the second prompt.
+
+
 async def test_kv_that_came_over_the_link_gives_the_expected_tokens(sim_pair: PairMaker):
     pair = await sim_pair()
     prompt = prompt_of(200, 1)

@@ -1,4 +1,4 @@
-"""Who asks: tenant, priority and patience from the headers, as far as they are to be believed; refusals by limits."""
+"""Who asks: tenant, priority, conversation, patience from the headers, as far as they are to be believed; refusals by limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hocket.bus.messages import FINISH_LENGTH
 from hocket.router.admission import Refusal
 from hocket.router.api.caller import caller_of
 from hocket.router.api.errors import ApiError
+from hocket.router.chooser import Ask
 from hocket.router.config import RouterConfig
 from hocket.router.generation import refused
 
@@ -27,10 +28,13 @@ def raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 async def test_the_core_is_told_who_asks_and_how_long_there_is(serve: ApiFactory):
     api = await serve(lambda generation, stream_id: [Step([5], FINISH_LENGTH)], tenant_from="header")
     before = time.monotonic()
-    answer = await api.http.post("/v1/completions", json=BODY, headers={**NAMED, "x-hocket-timeout-s": "20"})
+    answer = await api.http.post(
+        "/v1/completions", json=BODY, headers={**NAMED, "x-hocket-timeout-s": "20", "x-hocket-session": "talk-7"}
+    )
     assert answer.status_code == 200, answer.text
     [generation] = api.core.generations.values()
     assert (generation.tenant, generation.priority) == ("acme", 3)
+    assert Ask.of(generation).session_id == "talk-7"
     assert before + 20 <= generation.deadline_s <= time.monotonic() + 20
 
 
@@ -62,6 +66,8 @@ def test_patience_only_shortens():
         {"x-hocket-priority": "9"},
         {"x-hocket-priority": "nan"},
         {"x-hocket-priority": "high"},
+        {"x-hocket-session": "a\tb"},
+        {"x-hocket-session": "x" * 129},
         {"x-hocket-timeout-s": "0"},
         {"x-hocket-timeout-s": "-1"},
         {"x-hocket-timeout-s": "soon"},

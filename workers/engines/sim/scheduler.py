@@ -35,8 +35,12 @@ class Scheduler:
         self._on_room = on_room
 
     def admit(self) -> AnyWork | None:
-        """Give the first who waits a slot and all blocks of its prompt; None when there is nobody or no room."""
-        if not self.waiting or len(self.active) >= self._slots:
+        """Give the first who waits a slot and all blocks of its prompt; None when there is nobody or no room.
+
+        Nobody is admitted before a step has tokens left for him, as in vLLM: until then he would hold blocks that the prefix
+        cache can use, and miss the hits on prompts that are computed before his.
+        """
+        if not self.waiting or len(self.active) >= self._slots or self._budget <= 0:
             return None
         work = self.waiting[0]
         # A decode engine computes at least the last prompt token itself, like vLLM.
@@ -52,6 +56,12 @@ class Scheduler:
         work.skip_to(len(hits) * work.block_tokens)
         self.active[work] = None
         return work
+
+    @property
+    def _budget(self) -> int:
+        """Tokens that the next step can still compute."""
+        uncomputed = sum(len(work.tokens) - work.computed for work in self.computing)
+        return self._chunk_tokens - len(self.running) - uncomputed
 
     def plan(self) -> list[tuple[AnyWork, int]]:
         """Whose prompt is computed in this step, and up to which position: whole blocks within the token budget."""
