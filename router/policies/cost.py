@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...bus.ids import RequestId
+from ...bus.ids import RequestId, WorkerId
 from .base import Choice, Outcome, Plan, PolicyError, PrefillView, RequestView, WorkerView
 from .fit import LiveFit
 from .spread import cheapest, unherded
@@ -33,9 +33,19 @@ class _Way(NamedTuple):
     worker: WorkerView
     plan: Plan
     prefill: PrefillView | None
-    computed: int  # prompt tokens
+    computed: float  # prompt tokens
+    before: float  # prompt tokens that are computed before them, as far as they are left
+    is_blocked: bool  # it waits for blocks, behind others
     ttft_features: tuple[float, ...]
     itl_features: tuple[float, ...]
+
+
+class _Backlog(NamedTuple):
+    """What a worker had to compute when it was given something last, as this policy reckons."""
+
+    tokens: float
+    placed_tokens: int  # as the router counts: all of a prompt until its first token
+    at_s: float
 
 
 class CostPolicy:
@@ -57,20 +67,24 @@ class CostPolicy:
         self._itl_weight = itl_weight
         self._ttft_slo_s = ttft_slo_s
         self._itl_slo_s = itl_slo_s
-        # Seconds for a request, for 1,000 tokens before its first one, for a million pairs of attention, for 10 running.
-        self.local = LiveFit((0.02, 0.1, 0.001, 0.005), least=0.05)
-        self.remote = LiveFit((0.03, 0.1, 0.001, 0.002), least=0.05)
+        # Seconds for a request, for 1,000 tokens before its first one, for a million pairs of attention, for 10 running, for
+        # 100,000 tokens of their KV, for each that waits for blocks in front of it.
+        self.local = LiveFit((0.02, 0.03, 0.0005, 0.005, 0.005, 1.0), least=0.05)
+        self.remote = LiveFit((0.03, 0.03, 0.0005, 0.002, 0.002, 1.0), least=0.05)
         self.itl = LiveFit((0.008, 0.002, 0.002), least=0.002)  # For a step, for 10 running, for 100,000 tokens of KV.
         self._output_tokens = 128.0
+        self._kept = [1.0, 1.0]
+        self._backlog: dict[WorkerId, _Backlog] = {}
         self._pending: OrderedDict[RequestId, _Way] = OrderedDict()
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
-        ways = [way for worker in unherded(workers) for way in _ways(request, worker)]
+        ways = [way for worker in unherded(workers) for way in self._ways(request, worker, now)]
         terms = [self._terms(request, way) for way in ways]
         costs = [sum(term.values()) for term in terms]
         worker = cheapest(costs, [way.worker for way in ways], rng)
         cost, place = min((cost, place) for place, cost in enumerate(costs) if ways[place].worker is worker)
         way = ways[place]
+        self._note(way, now)
         self._pending[request.request_id] = way
         self._pending.move_to_end(request.request_id)
         if len(self._pending) > PENDING_MAX:
@@ -97,6 +111,9 @@ class CostPolicy:
             self._output_tokens += 0.01 * (outcome.output_tokens - self._output_tokens)
         if way is None or way.worker.worker_id != outcome.worker_id or way.plan != outcome.plan:
             return
+        if outcome.cached_tokens is not None and outcome.hit_blocks:
+            kept = min(1.0, outcome.cached_tokens / (outcome.hit_blocks * way.worker.block_tokens))
+            self._kept[way.is_blocked] += 0.05 * (kept - self._kept[way.is_blocked])
         if outcome.ttft_s is not None:
             (self.local if way.plan == "local" else self.remote).observe(way.ttft_features, outcome.ttft_s)
         if outcome.itl_s is not None:
@@ -123,31 +140,51 @@ class CostPolicy:
             terms["slo_s"] = 10 * over_s
         return terms
 
+    def _ways(self, request: RequestView, worker: WorkerView, now: float) -> list[_Way]:
+        """Local and remote, as far as there are both."""
+        is_blocked = worker.waiting > 0 and request.prompt_tokens > worker.kv_blocks_free * worker.block_tokens
+        hit_tokens = worker.hit_blocks * worker.block_tokens * self._kept[is_blocked]
+        uncached = max(1.0, request.prompt_tokens - hit_tokens)
+        kv_tokens = min(worker.in_flight_blocks, worker.kv_blocks) * worker.block_tokens / 1e5
+        itl = (1.0, (worker.load + 1) / 10, kv_tokens + request.prompt_tokens / 1e5)
+        running = (worker.load / 10, kv_tokens, worker.waiting * float(is_blocked))
+        ways = []
+        prefills = [prefill for prefill in request.prefill if prefill.fingerprint == worker.fingerprint]
+        if worker.can_prefill_locally or not prefills:
+            before = self._left(worker.worker_id, worker.local_prefill_tokens, now, is_blocked=is_blocked)
+            ttft = (1.0, (before + uncached) / 1000, _pairs(request.prompt_tokens, uncached), *running)
+            ways.append(_Way(worker, "local", None, uncached, before, is_blocked, ttft, itl))
+        if prefills and (uncached > request.local_prefill_tokens_max or not ways):
+            shared = request.queued_prefill_tokens / len(prefills)
+            befores = [self._left(p.worker_id, p.queued_tokens, now) + shared for p in prefills]
+            queues = [before + _uncached(request, p) for before, p in zip(befores, prefills, strict=True)]
+            place = min(range(len(prefills)), key=queues.__getitem__)
+            computed = _uncached(request, prefills[place])
+            ttft = (1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), *running)
+            ways.append(_Way(worker, "remote", prefills[place], computed, befores[place], is_blocked, ttft, itl))
+        return ways
 
-def _ways(request: RequestView, worker: WorkerView) -> list[_Way]:
-    """Local and remote, as far as there are both."""
-    uncached = max(1, request.prompt_tokens - worker.hit_blocks * worker.block_tokens)
-    itl = (1.0, (worker.load + 1) / 10, (worker.in_flight_blocks * worker.block_tokens + request.prompt_tokens) / 1e5)
-    ways = []
-    prefills = [prefill for prefill in request.prefill if prefill.fingerprint == worker.fingerprint]
-    if worker.can_prefill_locally or not prefills:
-        queued = worker.local_prefill_tokens + uncached
-        ttft = (1.0, queued / 1000, _pairs(request.prompt_tokens, uncached), worker.load / 10)
-        ways.append(_Way(worker, "local", None, uncached, ttft, itl))
-    if prefills and (uncached > request.local_prefill_tokens_max or not ways):
-        shared = request.queued_prefill_tokens / len(prefills)
-        queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
-        place = min(range(len(prefills)), key=queues.__getitem__)
-        computed = _uncached(request, prefills[place])
-        ttft = (1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), worker.load / 10)
-        ways.append(_Way(worker, "remote", prefills[place], computed, ttft, itl))
-    return ways
+    def _left(self, worker: WorkerId, placed_tokens: int, now: float, *, is_blocked: bool = False) -> float:
+        """Prompt tokens of those placed there that it has not computed: the router counts a prompt until its first token."""
+        last = self._backlog.get(worker)
+        if last is None or is_blocked:
+            return placed_tokens
+        done = (now - last.at_s) * 1000 / max(self.local.weights[1], 1e-6)
+        others = max(0, placed_tokens - last.placed_tokens)
+        return min(float(placed_tokens), max(0.0, last.tokens - done) + others)
+
+    def _note(self, way: _Way, now: float) -> None:
+        if way.plan == "local":
+            where, placed_tokens = way.worker.worker_id, way.worker.local_prefill_tokens
+        elif way.prefill is not None:
+            where, placed_tokens = way.prefill.worker_id, way.prefill.queued_tokens
+        self._backlog[where] = _Backlog(way.before + way.computed, placed_tokens + round(way.computed), now)
 
 
 def _uncached(request: RequestView, prefill: PrefillView) -> int:
     return max(1, request.prompt_tokens - prefill.hit_blocks * prefill.block_tokens)
 
 
-def _pairs(prompt_tokens: int, uncached_tokens: int) -> float:
+def _pairs(prompt_tokens: int, uncached_tokens: float) -> float:
     """Millions of (token, token it attends to) that computing the last `uncached_tokens` of a prompt takes."""
     return uncached_tokens * (prompt_tokens - uncached_tokens / 2) / 1e6
