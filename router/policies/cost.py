@@ -53,7 +53,7 @@ class CostPolicy:
 
     def __init__(
         self,
-        work_weight: float = 2.0,
+        work_weight: float = 4.0,
         stall_weight: float = 0.5,
         itl_weight: float = 0.0,
         ttft_slo_s: float | None = None,
