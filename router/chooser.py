@@ -88,6 +88,7 @@ class Chosen:
         return Outcome(
             self.request.request_id, self.worker.worker_id, self.plan, prefill_worker, self.request.prompt_tokens,
             self.worker.hit_blocks, cached_tokens, ttft_s, itl_s, output_tokens, self.worker.load, self.choice.ttft_s,
+            self.choice.itl_s,
         )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ class Chooser:
         workers = [worker_view(m, hits.get(m.card.worker_id, 0), self._work.tokens(m.card.worker_id)) for m in members]
         request = self._request_view(
             ask,
+            next((chain[0] for _, chain in sorted(hashes.items()) if chain), 0),
             [prefill_view(m, hits.get(m.card.worker_id, 0), self._waiting(m.card.worker_id)) for m in prefill],
         )
         choice, chosen, is_fallback, trace = self._pick(request, workers, now)
@@ -186,7 +188,7 @@ class Chooser:
             choice = self._fallback.pick(request, workers, now, self._rng)
             return choice, by_id[choice.worker_id], True, None
 
-    def _request_view(self, ask: Ask, prefill: list[PrefillView]) -> RequestView:
+    def _request_view(self, ask: Ask, first_block: int, prefill: list[PrefillView]) -> RequestView:
         return RequestView(
             request_id=ask.request_id,
             model=ask.model,
@@ -196,6 +198,7 @@ class Chooser:
             local_prefill_tokens_max=self._local_prefill_tokens_max,
             tenant=ask.tenant,
             session_id=ask.session_id,
+            first_block=first_block,
             priority=ask.priority,
             deadline_s=ask.deadline_s,
             prefill=tuple(prefill),

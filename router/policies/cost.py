@@ -25,6 +25,7 @@ from .spread import cheapest, unherded
 
 PENDING_MAX = 65536
 """Requests whose features are kept until they end; past it the oldest are not learnt from."""
+WAITING = 5  # place of that feature
 NO_ROOM_S = 5.0
 """For a worker whose KV blocks are promised twice over; it waits until others end."""
 
@@ -79,7 +80,8 @@ class CostPolicy:
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         ways = [way for worker in unherded(workers) for way in self._ways(request, worker, now)]
-        terms = [self._terms(request, way) for way in ways]
+        crowd = sum(way.ttft_features[WAITING] for way in ways) / len(ways)  # that waits for blocks at a worker
+        terms = [self._terms(request, way, crowd) for way in ways]
         costs = [sum(term.values()) for term in terms]
         worker = cheapest(costs, [way.worker for way in ways], rng)
         cost, place = min((cost, place) for place, cost in enumerate(costs) if ways[place].worker is worker)
@@ -102,6 +104,7 @@ class CostPolicy:
             lane=lane,
             costs={other.worker_id: terms[number] for other, number in best.items()},
             ttft_s=ttft_s,
+            itl_s=self.itl.predict(way.itl_features),
         )
 
     def observe(self, outcome: Outcome, now: float) -> None:
@@ -119,7 +122,7 @@ class CostPolicy:
         if outcome.itl_s is not None:
             self.itl.observe(way.itl_features, outcome.itl_s)
 
-    def _terms(self, request: RequestView, way: _Way) -> dict[str, float]:
+    def _terms(self, request: RequestView, way: _Way, crowd: float) -> dict[str, float]:
         worker = way.worker
         model = self.local if way.plan == "local" else self.remote
         ttft_s, itl_s = model.predict(way.ttft_features), self.itl.predict(way.itl_features)
@@ -128,7 +131,7 @@ class CostPolicy:
             "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
         }
         prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
-        terms["work_s"] = self._work_weight * prefill_s
+        terms["work_s"] = self._work_weight * (1 + crowd) * prefill_s
         if way.plan == "local" and request.prefill_workers:
             terms["stall_s"] = self._stall_weight * prefill_s * worker.load
         needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
