@@ -61,7 +61,7 @@ def documents(folder: Path, play: int) -> Trace:
 
 
 def agents(folder: Path, play: int) -> Trace:
-    return read_trace(folder / "aiperf_agentic_120s_seed42.jsonl").closed().faster((1.0, 0.95, 1.05)[play])
+    return read_trace(folder / "aiperf_agentic_120s_seed42.jsonl").closed().faster((1.0, 0.95)[play])
 
 
 def multiturn(_: Path, play: int) -> Trace:
@@ -81,14 +81,14 @@ def split(folder: Path, play: int) -> Trace:
 WORKLOADS = (
     Workload("conversation", "Mooncake conversation, 1,500 requests at 3x its rate, 4 workers", conversation, 3),
     Workload("synthetic", "Mooncake synthetic, 1,300 requests at 2x its rate, 4 workers", documents, 3),
-    Workload("agentic", "aiperf agentic, closed loop, 4 workers", agents, 3),
+    Workload("agentic", "aiperf agentic, closed loop, 4 workers", agents, 2),
     Workload("multi-turn", "8 turns of 2,000 tokens, 2 conversations/s, 4 workers", multiturn, 3),
     Workload(
         "slice", "Mooncake conversation, prompts up to 14,336 tokens, lengths / 32, 4 workers of 2,400 blocks x 16 tokens",
         small_slice, 1, Scenario(decode=4, policy="", engine=SMALL),
     ),
     Workload(
-        "split", "Mooncake conversation, 1,500 requests at 2x its rate, 4 prefill and 2 decode workers", split, 3,
+        "split", "Mooncake conversation, 1,500 requests at 2x its rate, 4 prefill and 2 decode workers", split, 2,
         Scenario(decode=2, prefill=4, policy="", lane_wait_s=0.2, timeout_s=3600.0),
     ),
 )  # fmt: skip

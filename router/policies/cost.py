@@ -26,6 +26,8 @@ from .spread import cheapest, unherded
 PENDING_MAX = 65536
 """Requests whose features are kept until they end; past it the oldest are not learnt from."""
 WAITING = 5  # place of that feature
+LOCAL_WORK = 2.0
+CROWD_WORK = 2.0
 NO_ROOM_S = 5.0
 """For a worker whose KV blocks are promised twice over; it waits until others end."""
 
@@ -54,7 +56,7 @@ class CostPolicy:
 
     def __init__(
         self,
-        work_weight: float = 4.0,
+        work_weight: float = 2.0,
         stall_weight: float = 0.5,
         itl_weight: float = 0.0,
         ttft_slo_s: float | None = None,
@@ -71,7 +73,8 @@ class CostPolicy:
         # Seconds for a request, for 1,000 tokens before its first one, for a million pairs of attention, for 10 running, for
         # 100,000 tokens of their KV, for each that waits for blocks in front of it.
         self.local = LiveFit((0.02, 0.03, 0.0005, 0.005, 0.005, 1.0), least=0.05)
-        self.remote = LiveFit((0.03, 0.03, 0.0005, 0.002, 0.002, 1.0), least=0.05)
+        # The same, and for 1,000 tokens whose KV crosses the link.
+        self.remote = LiveFit((0.03, 0.03, 0.0005, 0.002, 0.002, 1.0, 0.005), least=0.05)
         self.itl = LiveFit((0.008, 0.002, 0.002), least=0.002)  # For a step, for 10 running, for 100,000 tokens of KV.
         self._output_tokens = 128.0
         self._kept = [1.0, 1.0]
@@ -131,7 +134,8 @@ class CostPolicy:
             "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
         }
         prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
-        terms["work_s"] = self._work_weight * (1 + crowd) * prefill_s
+        weight = self._work_weight * (LOCAL_WORK if way.plan == "local" else 1.0)
+        terms["work_s"] = weight * (1 + CROWD_WORK * crowd) * prefill_s
         if way.plan == "local" and request.prefill_workers:
             terms["stall_s"] = self._stall_weight * prefill_s * worker.load
         needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
@@ -154,25 +158,29 @@ class CostPolicy:
         ways = []
         prefills = [prefill for prefill in request.prefill if prefill.fingerprint == worker.fingerprint]
         if worker.can_prefill_locally or not prefills:
-            before = self._left(worker.worker_id, worker.local_prefill_tokens, now, is_blocked=is_blocked)
+            before = float(worker.local_prefill_tokens)
+            if not is_blocked:
+                before = self._left(self.local, worker.worker_id, worker.local_prefill_tokens, now)
             ttft = (1.0, (before + uncached) / 1000, _pairs(request.prompt_tokens, uncached), *running)
             ways.append(_Way(worker, "local", None, uncached, before, is_blocked, ttft, itl))
         if prefills and (uncached > request.local_prefill_tokens_max or not ways):
             shared = request.queued_prefill_tokens / len(prefills)
-            befores = [self._left(p.worker_id, p.queued_tokens, now) + shared for p in prefills]
+            befores = [self._left(self.remote, p.worker_id, p.queued_tokens, now) + shared for p in prefills]
             queues = [before + _uncached(request, p) for before, p in zip(befores, prefills, strict=True)]
             place = min(range(len(prefills)), key=queues.__getitem__)
             computed = _uncached(request, prefills[place])
-            ttft = (1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), *running)
+            ttft = (
+                1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), *running, uncached / 1000,
+            )  # fmt: skip
             ways.append(_Way(worker, "remote", prefills[place], computed, befores[place], is_blocked, ttft, itl))
         return ways
 
-    def _left(self, worker: WorkerId, placed_tokens: int, now: float, *, is_blocked: bool = False) -> float:
-        """Prompt tokens of those placed there that it has not computed: the router counts a prompt until its first token."""
+    def _left(self, model: LiveFit, worker: WorkerId, placed_tokens: int, now: float) -> float:
+        """Prompt tokens placed there that it has yet to compute: the router counts all of a prompt until its first token."""
         last = self._backlog.get(worker)
-        if last is None or is_blocked:
-            return placed_tokens
-        done = (now - last.at_s) * 1000 / max(self.local.weights[1], 1e-6)
+        if last is None:
+            return float(placed_tokens)
+        done = (now - last.at_s) * 1000 / max(model.weights[1], 1e-6)
         others = max(0, placed_tokens - last.placed_tokens)
         return min(float(placed_tokens), max(0.0, last.tokens - done) + others)
 
