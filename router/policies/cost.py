@@ -3,12 +3,17 @@
 Three linear models are fitted live from how requests ended: the time to the first token when the decode worker computes the
 prompt, the same over a prefill worker, and the gap between tokens. The choice is the least of
 
-    TTFT + output tokens x ITL x `itl_weight` + seconds of prefill x `work_weight`
+    TTFT + output tokens x ITL x `itl_weight` + seconds of prefill x `work_weight` x (1 + 4 x requests that wait for blocks)
 
-(what is computed twice keeps others waiting, so a prefix hit is worth more than its own wait), with a plan to choose also
-seconds of prefill x requests running there x `stall_weight` for "local" (each of them waits while a prompt is computed where
-it decodes), and what keeps KV within the worker's memory and breaks no limit. Mooncake's Conductor and llm-d's latency scorer
-choose by predicted TTFT alike.
+(what is computed twice keeps others waiting, so a prefix hit is worth more than its own wait, and most where memory is full),
+with a plan to choose also seconds of prefill x requests running there x `stall_weight` for "local" (each of them waits while a
+prompt is computed where it decodes), and what keeps KV within the worker's memory and breaks no limit. Mooncake's Conductor
+and llm-d's latency scorer choose by predicted TTFT alike.
+
+What TTFT depends on: prompt tokens yet to be computed before the first token, as far as those placed earlier are not done by
+now; pairs of attention; requests running and their KV (each step makes their tokens, too); with a prefill worker the
+tokens whose KV must cross the link; and, where a prompt finds no room, those that wait in front of it, during which its own
+hits may be evicted (`kept` learns how often).
 """
 
 from __future__ import annotations
@@ -25,9 +30,11 @@ from .spread import cheapest, unherded
 
 PENDING_MAX = 65536
 """Requests whose features are kept until they end; past it the oldest are not learnt from."""
-WAITING = 5  # place of that feature
-LOCAL_WORK = 2.0
-CROWD_WORK = 2.0
+WAITING = 5
+"""Place of the requests that wait for blocks, among the features of TTFT."""
+CROWD_WORK = 4.0
+"""How many times its `work_weight` a prefill costs more for each request that waits for blocks, in the mean of the workers: all of
+them, and those that come before the crowd is gone, wait for it."""
 NO_ROOM_S = 5.0
 """For a worker whose KV blocks are promised twice over; it waits until others end."""
 
@@ -38,7 +45,7 @@ class _Way(NamedTuple):
     prefill: PrefillView | None
     computed: float  # prompt tokens
     before: float  # prompt tokens that are computed before them, as far as they are left
-    is_blocked: bool  # it waits for blocks, behind others
+    is_blocked: bool  # it would wait for blocks, behind others
     ttft_features: tuple[float, ...]
     itl_features: tuple[float, ...]
 
@@ -77,7 +84,7 @@ class CostPolicy:
         self.remote = LiveFit((0.03, 0.03, 0.0005, 0.002, 0.002, 1.0, 0.005), least=0.05)
         self.itl = LiveFit((0.008, 0.002, 0.002), least=0.002)  # For a step, for 10 running, for 100,000 tokens of KV.
         self._output_tokens = 128.0
-        self._kept = [1.0, 1.0]
+        self._kept = [1.0, 1.0]  # share of a predicted hit that is still there; the second: of those that are blocked
         self._backlog: dict[WorkerId, _Backlog] = {}
         self._pending: OrderedDict[RequestId, _Way] = OrderedDict()
 
@@ -89,7 +96,9 @@ class CostPolicy:
         worker = cheapest(costs, [way.worker for way in ways], rng)
         cost, place = min((cost, place) for place, cost in enumerate(costs) if ways[place].worker is worker)
         way = ways[place]
-        self._note(way, now)
+        if way.plan == "local":
+            placed_tokens = worker.local_prefill_tokens + round(way.computed)
+            self._backlog[worker.worker_id] = _Backlog(way.before + way.computed, placed_tokens, now)
         self._pending[request.request_id] = way
         self._pending.move_to_end(request.request_id)
         if len(self._pending) > PENDING_MAX:
@@ -134,8 +143,7 @@ class CostPolicy:
             "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
         }
         prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
-        weight = self._work_weight * (LOCAL_WORK if way.plan == "local" else 1.0)
-        terms["work_s"] = weight * (1 + CROWD_WORK * crowd) * prefill_s
+        terms["work_s"] = self._work_weight * (1 + CROWD_WORK * crowd) * prefill_s
         if way.plan == "local" and request.prefill_workers:
             terms["stall_s"] = self._stall_weight * prefill_s * worker.load
         needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
@@ -160,36 +168,31 @@ class CostPolicy:
         if worker.can_prefill_locally or not prefills:
             before = float(worker.local_prefill_tokens)
             if not is_blocked:
-                before = self._left(self.local, worker.worker_id, worker.local_prefill_tokens, now)
+                before = self._left(worker, now)
             ttft = (1.0, (before + uncached) / 1000, _pairs(request.prompt_tokens, uncached), *running)
             ways.append(_Way(worker, "local", None, uncached, before, is_blocked, ttft, itl))
         if prefills and (uncached > request.local_prefill_tokens_max or not ways):
             shared = request.queued_prefill_tokens / len(prefills)
-            befores = [self._left(self.remote, p.worker_id, p.queued_tokens, now) + shared for p in prefills]
-            queues = [before + _uncached(request, p) for before, p in zip(befores, prefills, strict=True)]
+            queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
             place = min(range(len(prefills)), key=queues.__getitem__)
             computed = _uncached(request, prefills[place])
             ttft = (
                 1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), *running, uncached / 1000,
             )  # fmt: skip
-            ways.append(_Way(worker, "remote", prefills[place], computed, befores[place], is_blocked, ttft, itl))
+            ways.append(
+                _Way(worker, "remote", prefills[place], computed, queues[place] - computed, is_blocked, ttft, itl)
+            )
         return ways
 
-    def _left(self, model: LiveFit, worker: WorkerId, placed_tokens: int, now: float) -> float:
-        """Prompt tokens placed there that it has yet to compute: the router counts all of a prompt until its first token."""
-        last = self._backlog.get(worker)
+    def _left(self, worker: WorkerView, now: float) -> float:
+        """Prompt tokens that it has yet to compute: the router counts all of a prompt until its first token."""
+        placed_tokens = worker.local_prefill_tokens
+        last = self._backlog.get(worker.worker_id)
         if last is None:
             return float(placed_tokens)
-        done = (now - last.at_s) * 1000 / max(model.weights[1], 1e-6)
+        done = (now - last.at_s) * 1000 / max(self.local.weights[1], 1e-6)
         others = max(0, placed_tokens - last.placed_tokens)
         return min(float(placed_tokens), max(0.0, last.tokens - done) + others)
-
-    def _note(self, way: _Way, now: float) -> None:
-        if way.plan == "local":
-            where, placed_tokens = way.worker.worker_id, way.worker.local_prefill_tokens
-        elif way.prefill is not None:
-            where, placed_tokens = way.prefill.worker_id, way.prefill.queued_tokens
-        self._backlog[where] = _Backlog(way.before + way.computed, placed_tokens + round(way.computed), now)
 
 
 def _uncached(request: RequestView, prefill: PrefillView) -> int:

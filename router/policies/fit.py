@@ -11,8 +11,8 @@ SOLVE_EVERY = 8
 """Observations from one solution to the next, once there are as many as weights."""
 SWEEPS = 4
 PRIOR_OBSERVATIONS = 1.0
-"""What the prior weighs: as much as so many observations in which only one weight counts. It never fades, so what is never
-observed keeps it, and no matrix becomes singular."""
+"""What the prior weighs at first: as much as so many observations in which only one weight counts. It fades with each
+observation and never ends: what is never observed keeps its prior, and no matrix becomes singular."""
 OUTLIER = 1.0
 """An observation that is missed by more than its own size counts for less, as in Huber's estimator."""
 
@@ -68,7 +68,7 @@ class LiveFit:
         for _ in range(SWEEPS):
             for place, row in enumerate(self._square):
                 prior = self._prior[place]
-                pull = PRIOR_OBSERVATIONS / prior / prior
+                pull = PRIOR_OBSERVATIONS / prior / prior / self._seen
                 rest = sum(cell * weight for cell, weight in zip(row, self._weights, strict=True))
                 rest -= row[place] * self._weights[place]
                 found = (self._target[place] - rest + pull * prior) / (row[place] + pull)
