@@ -3,12 +3,14 @@
 Three linear models are fitted live from how requests ended: the time to the first token when the decode worker computes the
 prompt, the same over a prefill worker, and the gap between tokens. The choice is the least of
 
-    TTFT + output tokens x ITL x `itl_weight` + seconds of prefill x `work_weight` x (1 + 4 x requests that wait for blocks)
+    TTFT + TTFT x TTFT / the usual TTFT x `tail_weight` + output tokens x ITL x `itl_weight`
+        + seconds of prefill x `work_weight` x (1 + 4 x requests that wait for blocks), twice for "local"
 
-(what is computed twice keeps others waiting, so a prefix hit is worth more than its own wait, and most where memory is full),
-with a plan to choose also seconds of prefill x requests running there x `stall_weight` for "local" (each of them waits while a
-prompt is computed where it decodes), and what keeps KV within the worker's memory and breaks no limit. Mooncake's Conductor
-and llm-d's latency scorer choose by predicted TTFT alike.
+A long wait is worse than two short ones. What is computed twice keeps others waiting, so a prefix hit is worth more than its own
+wait: more where others decode, most where memory is full. With a plan to choose, "local" also costs seconds of prefill x requests
+running there x `stall_weight`. Last comes what keeps KV within the worker's memory and breaks no limit. Costs that differ by less
+than one step and the predictions' own error are equal: then most hits win. Mooncake's Conductor and llm-d's latency scorer
+choose by predicted TTFT alike.
 
 What TTFT depends on: prompt tokens yet to be computed before the first token, as far as those placed earlier are not done by
 now; pairs of attention; requests running and their KV (each step makes their tokens, too); with a prefill worker the
@@ -32,9 +34,16 @@ PENDING_MAX = 65536
 """Requests whose features are kept until they end; past it the oldest are not learnt from."""
 WAITING = 5
 """Place of the requests that wait for blocks, among the features of TTFT."""
+LOCAL_WORK = 2.0
+"""How many times `work_weight` counts where a prompt is computed among those who decode: they wait, too."""
 CROWD_WORK = 4.0
-"""How many times its `work_weight` a prefill costs more for each request that waits for blocks, in the mean of the workers: all of
+"""How many times `work_weight` a prefill costs more for each request that waits for blocks, in the mean of the workers: all of
 them, and those that come before the crowd is gone, wait for it."""
+TAIL_MAX = 4.0
+"""A wait of more than so many usual ones is not counted more often."""
+DOUBT_MAX = 0.25
+DOUBT_EVERY = 16
+"""Observations from one look at how well the models fit to the next."""
 NO_ROOM_S = 5.0
 """For a worker whose KV blocks are promised twice over; it waits until others end."""
 
@@ -65,15 +74,17 @@ class CostPolicy:
         self,
         work_weight: float = 2.0,
         stall_weight: float = 0.5,
+        tail_weight: float = 0.5,
         itl_weight: float = 0.0,
         ttft_slo_s: float | None = None,
         itl_slo_s: float | None = None,
     ) -> None:
         """A way that is predicted to break a limit costs ten times what it breaks it by."""
-        if min(work_weight, stall_weight, itl_weight, ttft_slo_s or 0.0, itl_slo_s or 0.0) < 0:
+        if min(work_weight, stall_weight, tail_weight, itl_weight, ttft_slo_s or 0.0, itl_slo_s or 0.0) < 0:
             raise PolicyError("weights and limits must not be negative")
         self._work_weight = work_weight
         self._stall_weight = stall_weight
+        self._tail_weight = tail_weight
         self._itl_weight = itl_weight
         self._ttft_slo_s = ttft_slo_s
         self._itl_slo_s = itl_slo_s
@@ -84,6 +95,9 @@ class CostPolicy:
         self.remote = LiveFit((0.03, 0.03, 0.0005, 0.002, 0.002, 1.0, 0.005), least=0.05)
         self.itl = LiveFit((0.008, 0.002, 0.002), least=0.002)  # For a step, for 10 running, for 100,000 tokens of KV.
         self._output_tokens = 128.0
+        self._usual_ttft_s = 0.1
+        self._seen = 0
+        self._doubt = {"local": 0.0, "remote": 0.0}  # how far their predictions of TTFT are off, as a share
         self._kept = [1.0, 1.0]  # share of a predicted hit that is still there; the second: of those that are blocked
         self._backlog: dict[WorkerId, _Backlog] = {}
         self._pending: OrderedDict[RequestId, _Way] = OrderedDict()
@@ -93,9 +107,9 @@ class CostPolicy:
         crowd = sum(way.ttft_features[WAITING] for way in ways) / len(ways)  # that waits for blocks at a worker
         terms = [self._terms(request, way, crowd) for way in ways]
         costs = [sum(term.values()) for term in terms]
-        worker = cheapest(costs, [way.worker for way in ways], rng)
-        cost, place = min((cost, place) for place, cost in enumerate(costs) if ways[place].worker is worker)
-        way = ways[place]
+        place = self._best(ways, costs, [term["ttft_s"] for term in terms], rng)
+        way, cost = ways[place], costs[place]
+        worker = way.worker
         if way.plan == "local":
             placed_tokens = worker.local_prefill_tokens + round(way.computed)
             self._backlog[worker.worker_id] = _Backlog(way.before + way.computed, placed_tokens, now)
@@ -119,6 +133,20 @@ class CostPolicy:
             itl_s=self.itl.predict(way.itl_features),
         )
 
+    def _best(self, ways: Sequence[_Way], costs: Sequence[float], ttfts_s: Sequence[float], rng: random.Random) -> int:
+        """Place of the least cost. What differs by less than a step and the predictions' error is equal: there a hit decides."""
+        least = min(range(len(costs)), key=costs.__getitem__)
+        plan = ways[least].plan
+        step_s = (self.local if plan == "local" else self.remote).weights[
+            0
+        ]  # Nobody knows how far the step under way is.
+        most = costs[least] + step_s + self._doubt[plan] * ttfts_s[least]
+        near = [place for place, cost in enumerate(costs) if cost <= most and ways[place].plan == plan]
+        computed = min(ways[place].computed for place in near)
+        near = [place for place in near if ways[place].computed == computed]
+        worker = cheapest([costs[place] for place in near], [ways[place].worker for place in near], rng)
+        return next(place for place in near if ways[place].worker is worker)
+
     def observe(self, outcome: Outcome, now: float) -> None:
         """Learn from how it ended, if it went where this policy would have had it."""
         way = self._pending.pop(outcome.request_id, None)
@@ -130,7 +158,12 @@ class CostPolicy:
             kept = min(1.0, outcome.cached_tokens / (outcome.hit_blocks * way.worker.block_tokens))
             self._kept[way.is_blocked] += 0.05 * (kept - self._kept[way.is_blocked])
         if outcome.ttft_s is not None:
-            (self.local if way.plan == "local" else self.remote).observe(way.ttft_features, outcome.ttft_s)
+            model = self.local if way.plan == "local" else self.remote
+            model.observe(way.ttft_features, outcome.ttft_s)
+            self._usual_ttft_s += 0.02 * (outcome.ttft_s - self._usual_ttft_s)
+            self._seen += 1
+            if self._seen % DOUBT_EVERY == 0:
+                self._doubt[way.plan] = min(model.median_error or 0.0, DOUBT_MAX)
         if outcome.itl_s is not None:
             self.itl.observe(way.itl_features, outcome.itl_s)
 
@@ -143,7 +176,9 @@ class CostPolicy:
             "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
         }
         prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
-        terms["work_s"] = self._work_weight * (1 + CROWD_WORK * crowd) * prefill_s
+        terms["tail_s"] = self._tail_weight * ttft_s * min(ttft_s / max(self._usual_ttft_s, 1e-6), TAIL_MAX)
+        weight = self._work_weight * (LOCAL_WORK if way.plan == "local" else 1.0)
+        terms["work_s"] = weight * (1 + CROWD_WORK * crowd) * prefill_s
         if way.plan == "local" and request.prefill_workers:
             terms["stall_s"] = self._stall_weight * prefill_s * worker.load
         needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
