@@ -470,8 +470,8 @@ class Router:
             itl_s=itl_s,
             output_tokens=output_tokens,
         )
-        self._metrics.note_prediction("ttft", outcome.predicted_ttft_s, ttft_s)
-        self._metrics.note_prediction("itl", outcome.predicted_itl_s, itl_s)
+        self._metrics.predictions.add("ttft", outcome.predicted_ttft_s, ttft_s)
+        self._metrics.predictions.add("itl", outcome.predicted_itl_s, itl_s)
         self.chooser.observe(outcome, now)
 
     def _install_policies(self, policies: PolicySet) -> None:

@@ -211,12 +211,9 @@ class CostPolicy:
             queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
             place = min(range(len(prefills)), key=queues.__getitem__)
             computed = _uncached(request, prefills[place])
-            ttft = (
-                1.0, queues[place] / 1000, _pairs(request.prompt_tokens, computed), *running, uncached / 1000,
-            )  # fmt: skip
-            ways.append(
-                _Way(worker, "remote", prefills[place], computed, queues[place] - computed, is_blocked, ttft, itl)
-            )
+            pairs, before = _pairs(request.prompt_tokens, computed), queues[place] - computed
+            over_link = (1.0, queues[place] / 1000, pairs, *running, uncached / 1000)
+            ways.append(_Way(worker, "remote", prefills[place], computed, before, is_blocked, over_link, itl))
         return ways
 
     def _left(self, worker: WorkerView, now: float) -> float:

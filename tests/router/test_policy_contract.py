@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from policy_views import prefill, request, worker
 
 from hocket.bus.ids import RequestId, WorkerId
+from hocket.router.metrics import RouterMetrics
 from hocket.router.policies import Outcome, PolicyError, RequestView, WorkerView, load_policy
 from hocket.router.policies.cost import CostPolicy
 from hocket.router.policies.fit import LiveFit
@@ -233,3 +234,11 @@ def test_cost_learns_what_the_link_costs():
     asked = request(prompt_tokens=8000, prefill=(prefill("p"),), prefill_workers=1)
     workers = [worker("a", **lazy), worker("b", hit_blocks=400, running=8, **lazy)]
     assert policy.pick(asked, workers, 0.0, rng).worker_id == "b"
+
+
+def test_a_router_shows_how_well_policies_predict():
+    metrics = RouterMetrics()
+    for predicted_s, seen_s in ((1.0, 2.0), (None, 1.0), (1.0, None), (1.0, 1.0), (3.0, 1.0)):
+        metrics.predictions.add("ttft", predicted_s, seen_s)
+    assert metrics.registry.get_sample_value("hocket_prediction_error_ratio", {"of": "ttft"}) == 0.5
+    assert metrics.registry.get_sample_value("hocket_prediction_error_ratio", {"of": "itl"}) is None
