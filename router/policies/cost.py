@@ -170,7 +170,8 @@ class CostPolicy:
     def _terms(self, request: RequestView, way: _Way, crowd: float) -> dict[str, float]:
         worker = way.worker
         model = self.local if way.plan == "local" else self.remote
-        ttft_s, itl_s = model.predict(way.ttft_features), self.itl.predict(way.itl_features)
+        ttft_s = model.predict(way.ttft_features)
+        itl_s = self.itl.predict(way.itl_features) if self._itl_weight or self._itl_slo_s else 0.0  # Nobody asks.
         terms = {
             "ttft_s": ttft_s,
             "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
