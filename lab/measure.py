@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 import msgspec
 import numpy as np
@@ -61,6 +62,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     messages: dict[str, int]
     index_blocks_max: int
     policy_failures: int
+    ttft_error: float | None  # median of |predicted - seen| / seen; None: the policy does not predict
+    itl_error: float | None
     duration_s: float
     events: int
     gpus: int
@@ -114,6 +117,8 @@ def summarize(replayed: Replayed, trace: Trace, ideal_hit_tokens: int) -> Summar
         messages=dict(sorted(messages.items())),
         index_blocks_max=replayed.index_blocks_max,
         policy_failures=replayed.policy_failures,
+        ttft_error=median(replayed.ttft_errors) if replayed.ttft_errors else None,
+        itl_error=median(replayed.itl_errors) if replayed.itl_errors else None,
         duration_s=replayed.duration_s,
         events=replayed.events,
         gpus=gpus,

@@ -69,6 +69,8 @@ class Replayed:
     events: int
     index_blocks_max: int
     policy_failures: int
+    ttft_errors: list[float]  # |predicted - seen| / seen, where the policy predicts
+    itl_errors: list[float]
 
 
 class Replay:
@@ -128,6 +130,8 @@ class Replay:
             events,
             max(router.index_blocks_max for router in self._routers),
             sum(router.policy_failures for router in self._routers),
+            [error for router in self._routers for error in router.ttft_errors],
+            [error for router in self._routers for error in router.itl_errors],
         )
 
     def _at(self, when_s: float, act: Callable[..., None], *arguments: object) -> None:

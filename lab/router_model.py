@@ -34,6 +34,8 @@ class RouterModel:
     ) -> None:
         defaults = RouterConfig()
         self.index_blocks_max = 0
+        self.ttft_errors: list[float] = []  # |predicted - seen| / seen, where the policy predicts
+        self.itl_errors: list[float] = []
         self._block_tokens = block_tokens
         self._view = ClusterView(suspect_s=defaults.suspect_s, dead_s=defaults.dead_s)
         self._index = PrefixIndex()
@@ -139,4 +141,8 @@ class RouterModel:
             itl_s=itl_s,
             output_tokens=output_tokens,
         )
+        if outcome.predicted_ttft_s is not None:
+            self.ttft_errors.append(abs(outcome.predicted_ttft_s - ttft_s) / ttft_s)
+        if outcome.predicted_itl_s is not None and itl_s:
+            self.itl_errors.append(abs(outcome.predicted_itl_s - itl_s) / itl_s)
         self._chooser.observe(outcome, now)

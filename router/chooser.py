@@ -91,6 +91,7 @@ class Chosen:
         return Outcome(
             self.request.request_id, self.worker.worker_id, self.plan, prefill_worker, self.request.prompt_tokens,
             self.worker.hit_blocks, cached_tokens, ttft_s, itl_s, output_tokens, self.worker.load, self.choice.ttft_s,
+            self.choice.itl_s,
         )  # fmt: skip
 
 
@@ -128,7 +129,8 @@ class Chooser:
         hashes = {block_tokens: ask.hashes(block_tokens) for block_tokens in sizes}
         told, hits = self._hit_blocks(hashes, now)
         workers = roster.views(hits)
-        request = self._request_view(ask, roster, hits)
+        first_block = next((chain[0] for _, chain in sorted(hashes.items()) if chain), 0)
+        request = self._request_view(ask, first_block, roster, hits)
         choice, is_fallback, trace = self._pick(request, workers, roster.places, now)
         place = roster.places[choice.worker_id]
         chosen, card = workers[place], roster.members[place].card
@@ -202,7 +204,7 @@ class Chooser:
             self.failures += 1
             return self._fallback.pick(request, workers, now, self._rng), True, None
 
-    def _request_view(self, ask: Ask, roster: Roster, hits: Mapping[WorkerId, int]) -> RequestView:
+    def _request_view(self, ask: Ask, first_block: int, roster: Roster, hits: Mapping[WorkerId, int]) -> RequestView:
         elsewhere = self.waiting_elsewhere()
         return RequestView(
             request_id=ask.request_id,
@@ -213,6 +215,7 @@ class Chooser:
             local_prefill_tokens_max=self._local_prefill_tokens_max,
             tenant=ask.tenant,
             session_id=ask.session_id,
+            first_block=first_block,
             priority=ask.priority,
             deadline_s=ask.deadline_s,
             prefill=tuple(roster.prefill_views(hits, elsewhere)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -29,6 +31,30 @@ _SECONDS = (
     40.0,
     80.0,
 )
+
+PREDICTIONS_KEPT = 200
+
+
+class Predictions:
+    """How far what policies predict is from what is seen then."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._gauge = Gauge(
+            "hocket_prediction_error_ratio",
+            "Median of |predicted - seen| / seen over the last 200 requests with a prediction, of their ttft or itl",
+            ["of"],
+            registry=registry,
+        )
+        self._errors: dict[str, deque[float]] = {}
+
+    def add(self, of: str, predicted_s: float | None, seen_s: float | None) -> None:
+        """What was predicted when it was placed (`of` is `ttft` or `itl`), and what became of it; None: not known."""
+        if predicted_s is None or not seen_s:
+            return
+        if of not in self._errors:
+            errors = self._errors[of] = deque(maxlen=PREDICTIONS_KEPT)
+            self._gauge.labels(of).set_function(lambda: median(errors))  # Counted when it is asked for.
+        self._errors[of].append(abs(predicted_s - seen_s) / seen_s)
 
 
 class RouterMetrics:
@@ -102,6 +128,7 @@ class RouterMetrics:
             ["worker", "mode"],
             registry=registry,
         )
+        self.predictions = Predictions(registry)
         self._modes: dict[WorkerId, str] = {}
 
     def show_mode(self, worker: WorkerId, mode: str) -> None:

@@ -464,6 +464,8 @@ class Router:
             itl_s=itl_s,
             output_tokens=output_tokens,
         )
+        self._metrics.predictions.add("ttft", outcome.predicted_ttft_s, ttft_s)
+        self._metrics.predictions.add("itl", outcome.predicted_itl_s, itl_s)
         self.chooser.observe(outcome, now)
 
     def _load(self) -> RouterLoad:

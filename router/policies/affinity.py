@@ -39,17 +39,20 @@ class PrefixAffinity:
 class SessionAffinity:
     """Each conversation at one worker, by rendezvous hashing (Thaler and Ravishankar 1998): who leaves moves its own alone.
 
-    Who sends no session id is told apart by tenant, and by nothing else; without both, the least loaded worker takes it.
+    Without a session id the prompt's first block stands for it: system prompt, or system prompt and first words. A prompt
+    that is shorter than a block goes by tenant; without one, the least loaded worker takes it.
     """
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
         fair = unherded(workers)
-        key = request.session_id or request.tenant
+        first_block = f"{request.first_block:016x}" if request.first_block else ""
+        key = request.session_id or first_block or request.tenant
         if not key:
             worker = cheapest([worker.load / max(worker.slots, 1) for worker in fair], fair, rng)
             return Choice(worker.worker_id, why=f"no session, {worker.load} of {worker.slots} slots taken")
         worker = max(fair, key=lambda worker: xxhash.xxh3_64_intdigest(f"{worker.worker_id}\0{key}".encode()))
-        return Choice(worker.worker_id, why=f"home of the session, {worker.load} running")
+        what = "session" if request.session_id else "first block" if first_block else "tenant"
+        return Choice(worker.worker_id, why=f"home of the {what}, {worker.load} running")
 
 
 def _tokens_before_first(request: RequestView, worker: WorkerView) -> int:

@@ -55,6 +55,7 @@ class RequestView(msgspec.Struct, frozen=True):
     local_prefill_tokens_max: int  # from the configuration
     tenant: str = ""
     session_id: str = ""  # of the conversation, where the client says so
+    first_block: int = 0  # hash of the prompt's first whole block, its tenant in it; 0: the prompt is shorter
     priority: int = 0  # higher goes first
     deadline_s: float = float("inf")  # on the clock of `now`
     prefill: tuple[PrefillView, ...] = ()  # in the order of their ids
@@ -108,6 +109,7 @@ class Choice:
         default_factory=dict
     )  # each candidate's terms, for the receipt
     ttft_s: float | None = None  # predicted, where the policy predicts
+    itl_s: float | None = None  # predicted mean gap between its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class Outcome:
     output_tokens: int
     running: int  # requests on the worker when it was chosen
     predicted_ttft_s: float | None = None
+    predicted_itl_s: float | None = None
 
 
 class Policy(Protocol):

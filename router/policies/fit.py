@@ -1,4 +1,4 @@
-"""A linear model fitted while it is used: recursive least squares with forgetting."""
+"""A linear model fitted while it is used: weighted least squares with forgetting, and no weight below 0."""
 
 from __future__ import annotations
 
@@ -8,22 +8,33 @@ from operator import mul
 from statistics import median
 
 ERRORS_KEPT = 200
+SOLVE_EVERY = 8
+"""Observations from one solution to the next, once there are as many as weights."""
+SWEEPS = 4
+PRIOR_OBSERVATIONS = 1.0
+"""What the prior weighs at first: as much as so many observations in which only one weight counts. It fades with each
+observation and never ends: what is never observed keeps its prior, and no matrix becomes singular."""
+OUTLIER = 1.0
+"""An observation that is missed by more than its own size counts for less, as in Huber's estimator."""
 
 
 class LiveFit:
     """`y ~ sum(weight x feature)`; old observations fade by `memory` at each new one (Ljung, "System Identification", 11.2).
 
     Relative errors count: a miss of 0.1 s weighs as much at 0.2 s as one of 1 s at 2 s. Weights are never below 0: more work
-    never takes less time.
+    never takes less time. They are found by coordinate descent on the normal equations, which cannot diverge.
     """
 
     def __init__(self, prior: Sequence[float], *, memory: float = 0.998, least: float) -> None:
-        """`prior` are the weights to begin with; below `least` all values of y count alike."""
+        """`prior` are the weights to begin with, above 0; below `least` all values of y count alike."""
+        self._prior = tuple(prior)
         self._weights = list(prior)
         self._memory = memory
         self._least = least
-        size = range(len(prior))
-        self._spread = [[100.0 * max(prior[row], 1e-3) ** 2 * (row == column) for column in size] for row in size]
+        self._seen = 0
+        size = len(prior)
+        self._square = [[0.0] * size for _ in range(size)]  # sum of feature x feature, and of feature x y
+        self._target = [0.0] * size
         self._errors: deque[float] = deque(maxlen=ERRORS_KEPT)
 
     @property
@@ -44,17 +55,25 @@ class LiveFit:
     def observe(self, features: Sequence[float], y: float) -> None:
         """One more observation."""
         scale = max(y, self._least)
-        error = (y - self.predict(features)) / scale
-        self._errors.append(abs(error))
-        scaled = [feature / scale for feature in features]
-        reach = [sum(cell * x for cell, x in zip(row, scaled, strict=True)) for row in self._spread]
-        gain = self._memory + sum(x * r for x, r in zip(scaled, reach, strict=True))
-        if gain <= 0:  # Rounding has made the matrix useless; it has learnt enough to go on with.
-            return
-        self._weights = [max(0.0, w + r / gain * error) for w, r in zip(self._weights, reach, strict=True)]
-        self._spread = [
-            [(cell - one * other / gain) / self._memory for cell, other in zip(row, reach, strict=True)]
-            for row, one in zip(self._spread, reach, strict=True)
-        ]
-        for place in range(len(self._spread)):  # Forgetting must not blow up what is never observed.
-            self._spread[place][place] = min(self._spread[place][place], 1e6)
+        error = abs(y - self.predict(features)) / scale
+        self._errors.append(error)
+        share = 1 / scale / scale / max(1.0, error / OUTLIER)
+        for place, (row, one) in enumerate(zip(self._square, features, strict=True)):
+            weighted = share * one
+            self._target[place] = self._memory * self._target[place] + weighted * y
+            self._square[place] = [
+                self._memory * cell + weighted * other for cell, other in zip(row, features, strict=True)
+            ]
+        self._seen += 1
+        if self._seen <= len(features) or self._seen % SOLVE_EVERY == 0:
+            self._solve()
+
+    def _solve(self) -> None:
+        for _ in range(SWEEPS):
+            for place, row in enumerate(self._square):
+                prior = self._prior[place]
+                pull = PRIOR_OBSERVATIONS / prior / prior / self._seen
+                rest = sum(cell * weight for cell, weight in zip(row, self._weights, strict=True))
+                rest -= row[place] * self._weights[place]
+                found = (self._target[place] - rest + pull * prior) / (row[place] + pull)
+                self._weights[place] = max(0.0, found)

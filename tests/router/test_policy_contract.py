@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from policy_views import prefill, request, worker
 
 from hocket.bus.ids import RequestId, WorkerId
+from hocket.router.metrics import RouterMetrics
 from hocket.router.policies import Outcome, PolicyError, RequestView, WorkerView, load_policy
 from hocket.router.policies.cost import CostPolicy
 from hocket.router.policies.fit import LiveFit
@@ -163,5 +164,81 @@ def test_cost_names_the_prefill_worker_that_has_the_prefix():
 
 def test_what_breaks_a_limit_is_avoided():
     slow, fast = worker("a", hit_blocks=90, local_prefill_tokens=40_000), worker("b")
-    for name in ("cost?ttft_slo_s=0.5&work_weight=100", "cost?ttft_slo_s=0.5"):
+    for name in ("cost?ttft_slo_s=0.5&work_weight=20", "cost?ttft_slo_s=0.5"):
         assert load_policy(name).pick(request(), [slow, fast], 0.0, random.Random(1)).worker_id == "b"
+
+
+def test_without_a_session_the_first_block_has_a_home_whatever_the_tenant():
+    policy, rng = load_policy("session_affinity"), random.Random(1)
+    workers = [worker(f"w{i}") for i in range(5)]
+
+    def home(**changes: object) -> str:
+        return policy.pick(request(session_id="", **changes), workers, 0.0, rng).worker_id
+
+    homes = {first_block: home(first_block=first_block, tenant="t") for first_block in range(1, 30)}
+    assert set(homes.values()) == {f"w{i}" for i in range(5)}
+    assert all(home(first_block=first_block) == where for first_block, where in homes.items())
+    assert len({home(tenant="t") for _ in range(10)}) == 1  # Shorter than a block.
+
+
+def test_a_fit_is_not_led_astray_by_one_absurd_value():
+    rng, fit = random.Random(3), LiveFit((0.5, 0.5, 0.5), least=0.01)
+    for number in range(600):
+        x = rng.uniform(0, 10)
+        fit.observe((1.0, x, 0.0), 500.0 if number % 50 == 7 else 0.2 + 0.03 * x)
+    assert fit.weights == pytest.approx((0.2, 0.03, 0.5), rel=0.1)  # The last was never seen: it keeps its prior.
+
+
+def test_cost_knows_how_far_a_worker_has_come():
+    policy, rng, busy = CostPolicy(), random.Random(1), worker("a")
+    policy.pick(request(prompt_tokens=100_000), [busy], 0.0, rng)
+    busy = worker("a", local_prefill_tokens=100_000)  # The router counts all of it until the first token.
+    waits = [policy.pick(request(prompt_tokens=16), [busy], now, rng).ttft_s for now in (0.1, 2.0, 60.0)]
+    assert waits[0] is not None
+    assert waits[1] is not None
+    assert waits[2] is not None
+    assert waits[0] > waits[1] > waits[2]
+    assert waits[2] < 0.1
+
+
+def test_cost_counts_what_others_have_placed_since():
+    policy, rng = CostPolicy(), random.Random(1)
+    policy.pick(request(prompt_tokens=1600), [worker("a")], 0.0, rng)
+    swamped = worker("a", local_prefill_tokens=101_600)
+    assert policy.pick(request(), [swamped, worker("b")], 1.0, rng).worker_id == "b"
+
+
+def test_cost_learns_that_a_worker_without_room_keeps_waiting():
+    policy, full = CostPolicy(), worker("a", waiting=3, kv_blocks_free=10)
+    for number in range(60):
+        asked = request(request_id=RequestId(str(number)))
+        policy.observe(outcome(asked, policy, [full], 12.0), 0.0)
+    choice = policy.pick(request(), [replace(full, hit_blocks=90), worker("b", running=20)], 0.0, random.Random(1))
+    assert choice.worker_id == "b"
+
+
+def test_cost_learns_what_the_link_costs():
+    policy, rng = CostPolicy(work_weight=0.0), random.Random(5)
+    lazy = {"can_prefill_locally": False}
+    for number in range(400):
+        blocks, known, sent = rng.randint(30, 500), rng.random(), rng.random()
+        asked = request(
+            request_id=RequestId(str(number)), prompt_tokens=16 * blocks, prefill=(prefill("p", hit_blocks=int(blocks * known)),),
+            prefill_workers=1,
+        )  # fmt: skip
+        ttft_s = 0.02 + 16 * blocks / 1000 * (0.05 * (1 - known) + 0.3 * sent)
+        near = worker("a", hit_blocks=int(blocks * (1 - sent)), **lazy)
+        policy.observe(outcome(asked, policy, [near], ttft_s), 0.0)
+    assert policy.remote.weights[-1] == pytest.approx(0.3, rel=0.1)
+    assert policy.remote.weights[1] == pytest.approx(0.05, rel=0.3)
+    asked = request(prompt_tokens=8000, prefill=(prefill("p"),), prefill_workers=1)
+    workers = [worker("a", **lazy), worker("b", hit_blocks=400, running=8, **lazy)]
+    assert policy.pick(asked, workers, 0.0, rng).worker_id == "b"
+
+
+def test_a_router_shows_how_well_policies_predict():
+    metrics = RouterMetrics()
+    for predicted_s, seen_s in ((1.0, 2.0), (None, 1.0), (1.0, None), (1.0, 1.0), (3.0, 1.0)):
+        metrics.predictions.add("ttft", predicted_s, seen_s)
+    assert metrics.registry.get_sample_value("hocket_prediction_error_ratio", {"of": "ttft"}) == 0.5
+    assert metrics.registry.get_sample_value("hocket_prediction_error_ratio", {"of": "itl"}) is None
