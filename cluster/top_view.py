@@ -10,7 +10,7 @@ import msgspec
 from ..bus.ids import RouterId, WorkerId
 from ..bus.messages import Goodbye, Heartbeat, WorkerCard
 from ..router.control_messages import PolicyStatus, RouterLoad, WorkerLoad
-from .policy_report import table
+from .tables import table
 
 SILENT_S = 1.5  # as a router's suspect_s: such a worker gets no new work
 GONE_S = 30.0  # a worker that nobody has heard for so long is no longer shown

@@ -36,7 +36,7 @@ from ..base import (
     StepOutput,
 )
 from . import reaper, versions
-from .engine_args import REPORTS_FAILED_LOADS, Identity, checked_config, engine_args, environment, environment_set
+from .engine_args import REPORTS_FAILED_LOADS, Identity, async_llm, environment, environment_set
 from .handoff_counts import EndedHandoffs
 from .kv_events import Subscription
 from .kv_groups import KvGroups
@@ -139,16 +139,7 @@ class VllmEngine:
     def _build(self) -> Unchecked:
         """On a thread: this blocks for half a minute."""
         with environment_set(environment(self._config, self._identity)):
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            arguments = AsyncEngineArgs(**engine_args(self._config, self._identity))
-            return AsyncLLM.from_vllm_config(
-                checked_config(arguments),
-                stat_loggers=[logger_of(self._stats)],
-                enable_log_requests=arguments.enable_log_requests,
-                disable_log_stats=arguments.disable_log_stats,
-            )
+            return async_llm(self._config, self._identity, logger_of(self._stats))
 
     def _start_reaper(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-S", reaper.__file__, self._identity.mark, str(self._folder)]

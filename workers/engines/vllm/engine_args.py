@@ -117,14 +117,22 @@ def size_args(config: WorkerConfig, *, is_cpu: bool) -> dict[str, Unchecked]:
     return arguments | config.engine_args
 
 
-def checked_config(arguments: Unchecked) -> Unchecked:
-    """The `VllmConfig` of these `AsyncEngineArgs`. Raises UnfitKv, and for wrong arguments whatever vLLM raises."""
+def async_llm(config: WorkerConfig, identity: Identity, logger: Unchecked) -> Unchecked:
+    """Start vLLM, inside `environment`. Raises UnfitKv, and whatever vLLM raises."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    if refusal := _refusal(config):
+    arguments = AsyncEngineArgs(**engine_args(config, identity))
+    vllm_config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if refusal := _refusal(vllm_config):
         raise UnfitKv(refusal)
-    return config
+    return AsyncLLM.from_vllm_config(
+        vllm_config,
+        stat_loggers=[logger],
+        enable_log_requests=arguments.enable_log_requests,
+        disable_log_stats=arguments.disable_log_stats,
+    )
 
 
 def _refusal(vllm_config: Unchecked) -> str:
