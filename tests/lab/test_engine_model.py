@@ -271,7 +271,9 @@ def test_the_prefix_cache_is_a_least_recently_used_one(prompts: list[tuple[int, 
 
 
 def test_a_profile_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ValueError, match="no profile 'h300'; there are h200-llama-70b-fp8, h200-llama-8b"):
+    with pytest.raises(
+        ValueError, match="no profile 'h300'; there are h200-gpt-oss-120b, h200-llama-70b-fp8, h200-llama-8b"
+    ):
         load_profile("h300")
 
 

@@ -300,15 +300,13 @@ def test_many_that_died_together_twice_are_tried_one_by_one():
             house.send(one)
         for number in (1, 2):  # Two workers die with all of them on board, before any has a token.
             await asyncio.sleep(1.0)
-            [victim] = [worker for worker in house.live_workers if worker.engine.load().running == 4]
+            [victim] = [worker for worker in house.live_workers if on_board(worker) == 4]
             survivor = house.start_worker("decode", number)
             await asyncio.sleep(0.5)
             victim.kill()
-            await running_on(survivor, 4 if number == 1 else 1)
+            await has_on_board(survivor, 4 if number == 1 else 1)
         while not all(one.ends for one in requests):
-            assert (
-                survivor.engine.load().running + survivor.engine.load().waiting <= 2
-            )  # The second may still make tokens.
+            assert on_board(survivor) <= 2  # The second may still make tokens.
             await asyncio.sleep(0.25)
         assert {tuple(one.ends) for one in requests} == {("answered",)}
         await asyncio.sleep(3.0)
@@ -316,7 +314,12 @@ def test_many_that_died_together_twice_are_tried_one_by_one():
     house_run(Shape(prefill=0, slots=8, kv_blocks=200, prefill_ms_per_token=20.0), story)
 
 
-async def running_on(worker: WorkerMember, requests: int) -> None:
+def on_board(worker: WorkerMember) -> int:
+    load = worker.engine.load()
+    return load.running + load.waiting
+
+
+async def has_on_board(worker: WorkerMember, requests: int) -> None:
     async with asyncio.timeout(5.0):
-        while worker.engine.load().running != requests:
+        while on_board(worker) != requests:
             await asyncio.sleep(0.01)
