@@ -145,10 +145,11 @@ class Admission:
             own[0], own[1] = own[0] + need[0], own[1] + need[1]
         return refusal
 
-    def computed(self, key: int, now: float) -> None:
-        """Its prompt waits for prefill no more."""
-        if held := self._held.get(key):
-            self._give(held, held.tokens, 0, now)
+    def waits(self, key: int, tokens: int, now: float) -> None:
+        """No more of its prompt than this is to be computed: 0 once it is, or what its worker's cache does not hold."""
+        held = self._held.get(key)
+        if held is not None and tokens < held.tokens:
+            self._give(held, held.tokens - tokens, 0, now)
 
     def release(self, key: int, now: float) -> bool:
         """It has ended; False when that was known."""

@@ -48,9 +48,9 @@ class Gate:
             self._metrics.admission_refusals.labels(refusal.reason).inc()
             raise refused(refusal)
 
-    def computed(self, stream_id: int) -> None:
-        """Its prompt waits no more."""
-        self._admission.computed(stream_id, self._clock())
+    def waits(self, stream_id: int, tokens: int) -> None:
+        """So many tokens of its prompt are still to be computed."""
+        self._admission.waits(stream_id, tokens, self._clock())
 
     def leave(self, stream_id: int) -> None:
         """It has ended."""
@@ -58,8 +58,9 @@ class Gate:
 
     def look(self) -> None:
         """How fast the pool computes prompts, from time to time."""
-        prefill = self._view.members("prefill")
-        self._admission.prefill_tokens_per_s = sum(member.heartbeat.prefill_tokens_per_s for member in prefill)
+        speeds = [member.heartbeat.prefill_tokens_per_s for member in self._view.members("prefill")]
+        known = [speed for speed in speeds if speed > 0]  # The others have computed nothing yet: as fast as these.
+        self._admission.prefill_tokens_per_s = sum(known) * len(speeds) / len(known) if known else 0.0
 
     def _on_others(self, tenants: Mapping[str, tuple[int, int]]) -> None:
         self._admission.others = tenants

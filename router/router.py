@@ -217,7 +217,7 @@ class Router:
             self._now(live, live.machine.first_token())
             live.first_token_s = self._clock()
             self._losses.made_token(stream_id)
-            self.gate.computed(stream_id)
+            self.gate.waits(stream_id, 0)
             live.cached_tokens = detail.cached_tokens if detail else None
             if live.chosen is not None:
                 self.chooser.computed(live.chosen)
@@ -440,6 +440,7 @@ class Router:
         if chosen is None:
             return live.machine.nothing_to_pick()
         self.chooser.placed(chosen, now)
+        self.gate.waits(live.stream_id, chosen.waits_for[1])
         self._metrics.policy_failures.inc(chosen.is_fallback)
         self._metrics.prompt_tokens.inc(generation.prompt_tokens)
         self._metrics.hit_tokens.inc(chosen.worker.hit_blocks * chosen.worker.block_tokens)

@@ -336,7 +336,7 @@ class PrefillWorker:
         """Run the engine and tell the queue meanwhile that we are at it. Raises EngineDead."""
         run.task = asyncio.ensure_future(self._engine.prefill(self._task_of(run)))
         self.throughput.begin(self._clock())
-        computed_tokens = 0
+        computed_tokens = None
         try:
             while not run.task.done():
                 await asyncio.wait([run.task], timeout=self._in_progress_s)

@@ -19,9 +19,13 @@ class Throughput:
             self._since_s = now_s
         self._tasks += 1
 
-    def end(self, now_s: float, tokens: int) -> None:
-        """A task has ended that computed so many tokens (0 when it failed)."""
+    def end(self, now_s: float, tokens: int | None) -> None:
+        """A task has ended that computed so many tokens; None: it failed, and its time says nothing of the speed."""
         self._tasks -= 1
+        if tokens is None:
+            if self._tasks == 0:
+                return
+            tokens = 0
         elapsed_s, self._since_s = now_s - self._since_s, now_s
         fade = 0.5 ** (elapsed_s / HALF_LIFE_S)
         self._busy_s = self._busy_s * fade + elapsed_s

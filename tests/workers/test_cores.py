@@ -245,6 +245,18 @@ def test_throughput_counts_busy_time_only():
     assert 90 < throughput.tokens_per_s < 110
 
 
+def test_work_that_failed_says_nothing_of_the_speed():
+    throughput = Throughput()
+    throughput.begin(0.0)
+    throughput.end(30.0, None)  # A decode worker that did not answer.
+    assert throughput.tokens_per_s == 0.0
+    throughput.begin(40.0)
+    throughput.begin(40.0)
+    throughput.end(40.5, None)
+    throughput.end(41.0, 100)
+    assert throughput.tokens_per_s == pytest.approx(100.0, rel=0.05)
+
+
 # Clocks.
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RNDV_BYTES = 16 << 10  # from here on a message is offered before its bytes are written
 CONNECTIONS_MAX = 1 << (63 - TAG_BITS)
 WATCHDOG_S = 0.03  # UCX and UCXX speak of lost wake-ups; only while something is pending
+DRAIN_S = 0.05  # at the close
 TURN_S = 0.002  # of progress, then other work of the loop gets its turn
 SPINS_MAX, FRUITLESS_MAX = 8, 1000
 CUDA_SPIN_S = 200e-6  # after the last thing that moved: a copy between GPUs takes less, and each sleep costs 0.1 ms
@@ -177,7 +178,24 @@ class Engine:
         if self._watchdog:
             self._watchdog.cancel()
         self._handlers.clear()
+        self._drain()
         del self.worker, self._context
+
+    def _drain(self) -> None:
+        """Take what came and was never asked for.
+
+        UCXX's worker would, before it goes, and wait for ever for the rest of a message whose sender died in the middle.
+        """
+        operations: list[Operation] = []
+        end_s = time.perf_counter() + DRAIN_S
+        while time.perf_counter() < end_s:
+            if arrived := self.ucp.arrived(self.worker.handle, 0, 0):
+                operations.append(self.ucp.receive_arrived(self.worker.handle, arrived, (), self._completed))
+            elif all(operation.status is not None for operation in operations):
+                break
+            self.worker.progress_once()
+        for operation in operations:
+            self.ucp.free(operation)
 
     def _begun(self, operation: Operation, on_end: Callable[[Operation], None]) -> Operation:
         self._handlers[operation] = on_end
