@@ -35,6 +35,8 @@ POLICIES = (
 FOUR = Scenario(decode=4, policy="", timeout_s=3600.0)
 SMALL = Engine(block_tokens=16, kv_blocks=2400)
 SMALL_PROMPT_TOKENS_MAX = 14_336
+STARTS = (0, 4000, 8000, 2000, 6000, 10_000)
+"""Where the slices of the conversation trace begin."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,15 @@ def part(trace: Trace, first: int, count: int) -> Trace:
 
 
 def conversation(folder: Path, play: int) -> Trace:
-    return part(read_trace(folder / "conversation_trace.jsonl"), 4000 * play, 1500).faster(3.0)
+    return part(read_trace(folder / "conversation_trace.jsonl"), STARTS[play], 1500).faster(3.0)
 
 
 def documents(folder: Path, play: int) -> Trace:
-    return part(read_trace(folder / "synthetic_trace.jsonl"), 1300 * play, 1300).faster(2.0)
+    return part(read_trace(folder / "synthetic_trace.jsonl"), (0, 1300, 2600, 650, 1950)[play], 1300).faster(2.0)
 
 
 def agents(folder: Path, play: int) -> Trace:
-    return read_trace(folder / "aiperf_agentic_120s_seed42.jsonl").closed().faster((1.0, 0.95)[play])
+    return read_trace(folder / "aiperf_agentic_120s_seed42.jsonl").closed().faster((1.0, 0.95, 0.9, 1.05)[play])
 
 
 def multiturn(_: Path, play: int) -> Trace:
@@ -75,20 +77,20 @@ def small_slice(folder: Path, play: int) -> Trace:
 
 
 def split(folder: Path, play: int) -> Trace:
-    return part(read_trace(folder / "conversation_trace.jsonl"), 4000 * play, 1500).faster(2.0)
+    return part(read_trace(folder / "conversation_trace.jsonl"), STARTS[play], 1500).faster(2.0)
 
 
 WORKLOADS = (
-    Workload("conversation", "Mooncake conversation, 1,500 requests at 3x its rate, 4 workers", conversation, 3),
-    Workload("synthetic", "Mooncake synthetic, 1,300 requests at 2x its rate, 4 workers", documents, 3),
-    Workload("agentic", "aiperf agentic, closed loop, 4 workers", agents, 2),
-    Workload("multi-turn", "8 turns of 2,000 tokens, 2 conversations/s, 4 workers", multiturn, 3),
+    Workload("conversation", "Mooncake conversation, 1,500 requests at 3x its rate, 4 workers", conversation, len(STARTS)),
+    Workload("synthetic", "Mooncake synthetic, 1,300 requests at 2x its rate, 4 workers", documents, 5),
+    Workload("agentic", "aiperf agentic, closed loop, 4 workers", agents, 4),
+    Workload("multi-turn", "8 turns of 2,000 tokens, 2 conversations/s, 4 workers", multiturn, 10),
     Workload(
         "slice", "Mooncake conversation, prompts up to 14,336 tokens, lengths / 32, 4 workers of 2,400 blocks x 16 tokens",
         small_slice, 1, Scenario(decode=4, policy="", engine=SMALL),
     ),
     Workload(
-        "split", "Mooncake conversation, 1,500 requests at 2x its rate, 4 prefill and 2 decode workers", split, 2,
+        "split", "Mooncake conversation, 1,500 requests at 2x its rate, 4 prefill and 2 decode workers", split, len(STARTS),
         Scenario(decode=2, prefill=4, policy="", lane_wait_s=0.2, timeout_s=3600.0),
     ),
 )  # fmt: skip

@@ -23,7 +23,10 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
+from operator import mul
 from typing import NamedTuple
+
+import msgspec
 
 from ...bus.ids import RequestId, WorkerId
 from .base import Choice, Outcome, Plan, PolicyError, PrefillView, RequestView, WorkerView
@@ -48,15 +51,43 @@ NO_ROOM_S = 5.0
 """For a worker whose KV blocks are promised twice over; it waits until others end."""
 
 
-class _Way(NamedTuple):
+class _Way(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """Made for every worker and plan: nothing here that the choice does not need."""
+
     worker: WorkerView
     plan: Plan
     prefill: PrefillView | None
+    prompt_tokens: int
     computed: float  # prompt tokens
     before: float  # prompt tokens that are computed before them, as far as they are left
     is_blocked: bool  # it would wait for blocks, behind others
     ttft_features: tuple[float, ...]
-    itl_features: tuple[float, ...]
+
+    @property
+    def itl_features(self) -> tuple[float, ...]:
+        _, _, _, running, kv_tokens, *_ = self.ttft_features
+        return 1.0, running + 0.1, kv_tokens + self.prompt_tokens / 1e5
+
+
+class _Lane(NamedTuple):
+    """The prefill worker that would be done first."""
+
+    prefill: PrefillView
+    computed: int  # prompt tokens
+    queued: float  # those, and all that are computed before them
+
+
+class _Prices(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """What is the same for all ways of a plan."""
+
+    weights: Sequence[float]  # of TTFT's model
+    token_s: float  # of prefill; the same for a million pairs of attention
+    pairs_s: float
+    tail_per_s: float
+    tail_max_s: float
+    work: float
+    stall: float
+    needed_tokens: float
 
 
 class _Backlog(NamedTuple):
@@ -88,6 +119,7 @@ class CostPolicy:
         self._itl_weight = itl_weight
         self._ttft_slo_s = ttft_slo_s
         self._itl_slo_s = itl_slo_s
+        self._is_asked = bool(itl_weight or ttft_slo_s or itl_slo_s)
         # Seconds for a request, for 1,000 tokens before its first one, for a million pairs of attention, for 10 running, for
         # 100,000 tokens of their KV, for each that waits for blocks in front of it.
         self.local = LiveFit((0.02, 0.03, 0.0005, 0.005, 0.005, 1.0), least=0.05)
@@ -103,9 +135,17 @@ class CostPolicy:
         self._pending: OrderedDict[RequestId, _Way] = OrderedDict()
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
-        ways = [way for worker in unherded(workers) for way in self._ways(request, worker, now)]
-        crowd = sum(way.ttft_features[WAITING] for way in ways) / len(ways)  # that waits for blocks at a worker
-        terms = [self._terms(request, way, crowd) for way in ways]
+        allowed = unherded(workers)
+        lanes = {name: _lane(request, name) for name in {worker.fingerprint for worker in allowed}}
+        ways: list[_Way] = []
+        for worker in allowed:
+            self._add_ways(ways, request, worker, lanes[worker.fingerprint], now)
+        crowd = sum([way.ttft_features[WAITING] for way in ways]) / len(ways)  # that waits for blocks at a worker
+        local, remote = (self._prices(request, crowd, is_local=is_local) for is_local in (True, False))
+        terms = [self._terms(way, local if way.plan == "local" else remote) for way in ways]
+        if self._is_asked:
+            for term, way in zip(terms, ways, strict=True):
+                term |= self._asked_terms(request, way, term["ttft_s"])
         costs = [sum(term.values()) for term in terms]
         place = self._best(ways, costs, [term["ttft_s"] for term in terms], rng)
         way, cost = ways[place], costs[place]
@@ -119,16 +159,15 @@ class CostPolicy:
             self._pending.popitem(last=False)
         ttft_s = terms[place]["ttft_s"]
         lane = way.prefill.worker_id if way.prefill is not None and way.prefill.hit_blocks else None
-        best: dict[WorkerView, int] = {}
-        for number, other in enumerate(ways):
-            if other.worker not in best or costs[number] < costs[best[other.worker]]:
-                best[other.worker] = number
+        by_cost = sorted(range(len(ways)), key=costs.__getitem__, reverse=True)
         return Choice(
             worker.worker_id,
             way.plan,
             why=f"{way.plan}: first token in {ttft_s:.3f} s, cost {cost:.3f} s",
             lane=lane,
-            costs={other.worker_id: terms[number] for other, number in best.items()},
+            costs={
+                ways[number].worker.worker_id: terms[number] for number in by_cost
+            },  # A worker's cheapest way is last.
             ttft_s=ttft_s,
             itl_s=self.itl.predict(way.itl_features),
         )
@@ -167,55 +206,66 @@ class CostPolicy:
         if outcome.itl_s is not None:
             self.itl.observe(way.itl_features, outcome.itl_s)
 
-    def _terms(self, request: RequestView, way: _Way, crowd: float) -> dict[str, float]:
-        worker = way.worker
-        model = self.local if way.plan == "local" else self.remote
-        ttft_s = model.predict(way.ttft_features)
-        itl_s = self.itl.predict(way.itl_features) if self._itl_weight or self._itl_slo_s else 0.0  # Nobody asks.
+    def _prices(self, request: RequestView, crowd: float, *, is_local: bool) -> _Prices:
+        model, work = (self.local, self._work_weight * LOCAL_WORK) if is_local else (self.remote, self._work_weight)
+        weights = model.weights
+        return _Prices(
+            weights=weights,
+            token_s=weights[1] / 1000,
+            pairs_s=weights[2],
+            tail_per_s=self._tail_weight / max(self._usual_ttft_s, 1e-6),
+            tail_max_s=TAIL_MAX * self._usual_ttft_s,
+            work=work * (1 + CROWD_WORK * crowd),
+            stall=self._stall_weight if is_local and request.prefill_workers else 0.0,
+            needed_tokens=request.prompt_tokens + self._output_tokens,
+        )
+
+    def _terms(self, way: _Way, prices: _Prices) -> dict[str, float]:
+        worker, features = way.worker, way.ttft_features
+        ttft_s: float = sum(
+            map(mul, prices.weights, features)
+        )  # LiveFit.predict, of which there is one for each worker
+        prefill_s = way.computed * prices.token_s + features[2] * prices.pairs_s
         terms = {
             "ttft_s": ttft_s,
-            "itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens),
+            "tail_s": prices.tail_per_s * ttft_s * min(ttft_s, prices.tail_max_s),
+            "work_s": prices.work * prefill_s,
         }
-        prefill_s = way.computed / 1000 * model.weights[1] + way.ttft_features[2] * model.weights[2]
-        terms["tail_s"] = self._tail_weight * ttft_s * min(ttft_s / max(self._usual_ttft_s, 1e-6), TAIL_MAX)
-        weight = self._work_weight * (LOCAL_WORK if way.plan == "local" else 1.0)
-        terms["work_s"] = weight * (1 + CROWD_WORK * crowd) * prefill_s
-        if way.plan == "local" and request.prefill_workers:
-            terms["stall_s"] = self._stall_weight * prefill_s * worker.load
-        needed = (request.prompt_tokens + self._output_tokens) / worker.block_tokens + worker.in_flight_blocks
+        if prices.stall:
+            terms["stall_s"] = prices.stall * prefill_s * worker.load
+        needed = prices.needed_tokens / worker.block_tokens + worker.in_flight_blocks
         if needed > worker.kv_blocks:
             terms["no_room_s"] = NO_ROOM_S * (needed / max(worker.kv_blocks, 1) - 1)
-        over_s = max(0.0, ttft_s - self._ttft_slo_s) if self._ttft_slo_s else 0.0
-        over_s += max(0.0, itl_s - self._itl_slo_s) * self._output_tokens if self._itl_slo_s else 0.0
-        if over_s:
-            terms["slo_s"] = 10 * over_s
         return terms
 
-    def _ways(self, request: RequestView, worker: WorkerView, now: float) -> list[_Way]:
+    def _asked_terms(self, request: RequestView, way: _Way, ttft_s: float) -> dict[str, float]:
+        """Those that are 0 unless somebody has set their weight or limit."""
+        itl_s = self.itl.predict(way.itl_features)
+        over_s = max(0.0, ttft_s - self._ttft_slo_s) if self._ttft_slo_s else 0.0
+        over_s += max(0.0, itl_s - self._itl_slo_s) * self._output_tokens if self._itl_slo_s else 0.0
+        return {"itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens), "slo_s": 10 * over_s}
+
+    def _add_ways(
+        self, ways: list[_Way], request: RequestView, worker: WorkerView, lane: _Lane | None, now: float
+    ) -> None:
         """Local and remote, as far as there are both."""
-        is_blocked = worker.waiting > 0 and request.prompt_tokens > worker.kv_blocks_free * worker.block_tokens
-        hit_tokens = worker.hit_blocks * worker.block_tokens * self._kept[is_blocked]
-        uncached = max(1.0, request.prompt_tokens - hit_tokens)
-        kv_tokens = min(worker.in_flight_blocks, worker.kv_blocks) * worker.block_tokens / 1e5
-        itl = (1.0, (worker.load + 1) / 10, kv_tokens + request.prompt_tokens / 1e5)
-        running = (worker.load / 10, kv_tokens, worker.waiting * float(is_blocked))
-        ways = []
-        prefills = [prefill for prefill in request.prefill if prefill.fingerprint == worker.fingerprint]
-        if worker.can_prefill_locally or not prefills:
-            before = float(worker.local_prefill_tokens)
-            if not is_blocked:
-                before = self._left(worker, now)
-            ttft = (1.0, (before + uncached) / 1000, _pairs(request.prompt_tokens, uncached), *running)
-            ways.append(_Way(worker, "local", None, uncached, before, is_blocked, ttft, itl))
-        if prefills and (uncached > request.local_prefill_tokens_max or not ways):
-            shared = request.queued_prefill_tokens / len(prefills)
-            queues = [prefill.queued_tokens + shared + _uncached(request, prefill) for prefill in prefills]
-            place = min(range(len(prefills)), key=queues.__getitem__)
-            computed = _uncached(request, prefills[place])
-            pairs, before = _pairs(request.prompt_tokens, computed), queues[place] - computed
-            over_link = (1.0, queues[place] / 1000, pairs, *running, uncached / 1000)
-            ways.append(_Way(worker, "remote", prefills[place], computed, before, is_blocked, over_link, itl))
-        return ways
+        prompt_tokens, waiting, block_tokens = request.prompt_tokens, worker.waiting, worker.block_tokens
+        is_blocked = waiting > 0 and prompt_tokens > worker.kv_blocks_free * block_tokens
+        hit_tokens = worker.hit_blocks * block_tokens * self._kept[is_blocked]
+        uncached = prompt_tokens - hit_tokens if hit_tokens < prompt_tokens - 1 else 1.0
+        kv_blocks = worker.kv_blocks if worker.kv_blocks < worker.in_flight_blocks else worker.in_flight_blocks
+        kv_tokens = kv_blocks * block_tokens / 1e5
+        running = worker.load / 10, kv_tokens, float(waiting) if is_blocked else 0.0
+        has_local = worker.can_prefill_locally or lane is None
+        if has_local:
+            before = float(worker.local_prefill_tokens) if is_blocked else self._left(worker, now)
+            ttft = (1.0, (before + uncached) / 1000, _pairs(prompt_tokens, uncached), *running)
+            ways.append(_Way(worker, "local", None, prompt_tokens, uncached, before, is_blocked, ttft))
+        if lane is not None and (uncached > request.local_prefill_tokens_max or not has_local):
+            prefill, computed, queued = lane
+            over_link = (1.0, queued / 1000, _pairs(prompt_tokens, computed), *running, uncached / 1000)
+            before = queued - computed
+            ways.append(_Way(worker, "remote", prefill, prompt_tokens, computed, before, is_blocked, over_link))
 
     def _left(self, worker: WorkerView, now: float) -> float:
         """Prompt tokens that it has yet to compute: the router counts all of a prompt until its first token."""
@@ -226,6 +276,20 @@ class CostPolicy:
         done = (now - last.at_s) * 1000 / max(self.local.weights[1], 1e-6)
         others = max(0, placed_tokens - last.placed_tokens)
         return min(float(placed_tokens), max(0.0, last.tokens - done) + others)
+
+
+def _lane(request: RequestView, fingerprint: str) -> _Lane | None:
+    """None: there is no such prefill worker."""
+    prefills = [prefill for prefill in request.prefill if prefill.fingerprint == fingerprint]
+    if not prefills:
+        return None
+    shared = request.queued_prefill_tokens / len(prefills)
+    lanes = [
+        _Lane(prefill, computed, prefill.queued_tokens + shared + computed)
+        for prefill in prefills
+        for computed in (_uncached(request, prefill),)
+    ]
+    return min(lanes, key=lambda lane: lane.queued)
 
 
 def _uncached(request: RequestView, prefill: PrefillView) -> int:
