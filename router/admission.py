@@ -149,7 +149,10 @@ class Admission:
         """No more of its prompt than this is to be computed: 0 once it is, or what its worker's cache does not hold."""
         held = self._held.get(key)
         if held is not None and tokens < held.tokens:
-            self._give(held, held.tokens - tokens, 0, now)
+            if tokens:  # A cache hit: nothing was computed.
+                self._drop(held, held.tokens - tokens, 0)
+            else:
+                self._give(held, held.tokens, 0, now)
 
     def release(self, key: int, now: float) -> bool:
         """It has ended; False when that was known."""
@@ -160,15 +163,18 @@ class Admission:
         return True
 
     def _give(self, held: _Held, tokens: int, blocks: int, now: float) -> None:
+        self._drop(held, tokens, blocks)
+        for rate, amount in zip(self._rates, (tokens, blocks), strict=True):
+            if amount:
+                rate.add(amount, now)
+
+    def _drop(self, held: _Held, tokens: int, blocks: int) -> None:
         held.tokens -= tokens
         held.blocks -= blocks
         own = self._own[held.tenant]
         own[0], own[1] = own[0] - tokens, own[1] - blocks
         if own == [0, 0]:
             del self._own[held.tenant]
-        for rate, amount in zip(self._rates, (tokens, blocks), strict=True):
-            if amount:
-                rate.add(amount, now)
 
     # ---- deciding
 
@@ -198,7 +204,8 @@ class Admission:
     def _too_late(self, waiting_tokens: int, deadline_s: float, now: float) -> Refusal | None:
         if self.prefill_tokens_per_s <= 0:
             return None
-        wait_s = waiting_tokens / self.prefill_tokens_per_s
+        # Decode workers may compute prompts, too, and a hand-off that failed says little of speed: what was seen counts.
+        wait_s = waiting_tokens / max(self.prefill_tokens_per_s, self._per_s(0, now))
         if now + wait_s >= deadline_s:
             over_s = now + wait_s - deadline_s
             detail = f"it would start in {wait_s:.1f} s, {over_s:.1f} s after its deadline"
@@ -209,11 +216,13 @@ class Admission:
 
     def _retry_s(self, place: int, over: int, now: float) -> float:
         """Until so much has ended, at the rate of the last seconds; the other routers' part ends as fast as ours."""
-        per_s = self._rates[place].per_s(now)
+        per_s = self._per_s(place, now)
+        return _bounded(over / per_s) if per_s > 0 else RETRY_UNKNOWN_S
+
+    def _per_s(self, place: int, now: float) -> float:
+        """What has ended of it lately, through all routers; 0.0: not known."""
         own = sum(held[place] for held in self._own.values())
-        if per_s <= 0 or own <= 0:
-            return RETRY_UNKNOWN_S
-        return _bounded(over / (per_s * self.total()[place] / own))
+        return self._rates[place].per_s(now) * self.total()[place] / own if own else 0.0
 
     # ---- fair shares
 

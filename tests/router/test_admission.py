@@ -161,6 +161,16 @@ def test_a_request_that_cannot_start_before_its_deadline_is_refused_at_once():
     assert admission.offer(3, "a", (10, 1), 4.0, 1.0) is None
 
 
+def test_a_pool_that_is_seen_to_be_faster_than_its_prefill_workers_say_refuses_less():
+    admission = Admission(prefill_tokens_per_s=1.0)  # Their hand-offs failed, and decode workers compute the prompts.
+    for second in range(20):
+        assert admission.offer(second, "a", (1000, 1), FAR_S, float(second)) is None
+        admission.waits(second, 0, second + 0.5)
+    assert admission.offer(20, "a", (2000, 1), FAR_S, 20.0) is None
+    assert admission.offer(21, "a", (10, 1), 25.0, 20.0) is None
+    assert admission.offer(22, "a", (10, 1), 21.0, 20.0) is not None
+
+
 def test_what_would_wait_too_long_is_refused_though_there_is_time():
     admission = Admission(AdmissionLimits(wait_max_s=2.0), prefill_tokens_per_s=1000.0)
     assert admission.offer(1, "a", (5000, 1), FAR_S, 0.0) is None
