@@ -52,7 +52,8 @@ class Network:
         self._devices = [f"hk{number}p", f"hk{number}d"]
         self.hosts = [f"10.77.{number}.1", f"10.77.{number}.2"]
 
-    def build(self) -> None:
+    async def build(self) -> None:
+        """It carries when this returns: UCX knows only the devices that do when it starts."""
         for name in self._names:
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
@@ -63,6 +64,10 @@ class Network:
             _run(
                 "ip", "-n", name, "link", "set", device, "gso_max_segs", "1", "up"
             )  # A rule sees packets as they travel.
+        async with asyncio.timeout(10.0):
+            for name, device in zip(self._names, self._devices, strict=True):
+                while _read(name, device, "operstate") != "up":
+                    await asyncio.sleep(0.02)
 
     def remove(self) -> None:
         for name in self._names:
@@ -94,8 +99,7 @@ class Network:
 
     async def has_sent(self, nbytes: int) -> None:
         """Wait until the prefill side has sent so much since the network was built."""
-        shown = _within(self._names[0], "cat", f"/sys/class/net/{self._devices[0]}/statistics/tx_bytes")
-        while int(subprocess.run(shown, check=True, capture_output=True, text=True).stdout) < nbytes:
+        while int(_read(self._names[0], self._devices[0], "statistics/tx_bytes")) < nbytes:
             await asyncio.sleep(0.02)
 
     def slow(self, bits_per_s: int) -> None:
@@ -112,6 +116,11 @@ class Network:
     def _rule(self, out: str, into: str) -> None:
         command = _within(self._names[0], "nft", "-f", "-")
         subprocess.run(command, input=TABLE % (out, into), check=True, capture_output=True, text=True)
+
+
+def _read(name: str, device: str, what: str) -> str:
+    shown = _within(name, "cat", f"/sys/class/net/{device}/{what}")
+    return subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _run(*command: str) -> None:

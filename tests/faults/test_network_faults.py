@@ -50,7 +50,7 @@ async def wired() -> AsyncIterator[list[Wired]]:
     try:
         async with asyncio.TaskGroup() as tasks:
             for network in networks:
-                network.build()
+                await network.build()
                 prefill = Engine("prefill", "ucx", wrap=network.wrap(0))
                 decode = Engine("decode", "ucx", bind=network.hosts[1], wrap=network.wrap(1))
                 wired.append(Wired(Pair(prefill, decode), network))
@@ -113,11 +113,15 @@ async def test_a_slow_network_is_not_taken_for_a_dead_one(wired: list[Wired]) ->
 
 async def test_changed_packets_are_sent_again(wired: list[Wired]) -> None:
     async def run(each: Wired, position: int) -> None:
-        case = await begin_and_break(each, position, lambda network: network.corrupt(CHANGED_BYTES))
-        ended = await check_answer(case, FAULT_S + COMPUTE_S)
-        assert ended.computed_tokens == 1, "it was given up"
-        assert each.network.has_corrupted()
-        await check_broken(case, each.network.heal)
+        for _ in range(10):  # On a busy machine the rest may have left when the rule is made.
+            case = await begin_and_break(each, position, lambda network: network.corrupt(CHANGED_BYTES))
+            ended = await check_answer(case, FAULT_S + COMPUTE_S)
+            assert ended.computed_tokens == 1, "it was given up"
+            has_corrupted = each.network.has_corrupted()
+            await check_broken(case, each.network.heal)
+            if has_corrupted:
+                return
+        raise AssertionError(f"never was a packet changed after {position} %")
 
     async with asyncio.TaskGroup() as tasks:
         for each, position in zip(wired, POSITIONS[:3], strict=False):

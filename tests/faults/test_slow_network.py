@@ -36,7 +36,7 @@ async def slow() -> AsyncIterator[tuple[Pair, Network]]:
     decode = Engine("decode", "ucx", bind=network.hosts[1], wrap=network.wrap(1), changes=changes)
     pair = Pair(prefill, decode)
     try:
-        network.build()
+        await network.build()
         async with asyncio.TaskGroup() as tasks:
             for engine in pair.engines:
                 tasks.create_task(engine.start({"UCX_TLS": "tcp,self"}))
