@@ -117,13 +117,9 @@ async def test_only_what_decode_lacks_travels_and_it_is_counted_once(pair: Engin
 
 
 async def test_a_decode_cancelled_in_mid_transfer_gives_the_blocks_of_all_ranks_back(pair: EnginePair) -> None:
-    prompt, token = prompt_of(900, 5), os.urandom(16)
+    prompt = prompt_of(900, 5)
     reference = await pair.reference(prompt, SAMPLING)
-    decode = asyncio.create_task(pair.decode(prompt, token, SAMPLING))
-    prefill = asyncio.create_task(pair.prefill(prompt, token))
-    async with asyncio.timeout(SOON_S):
-        while pair.prefill_engine.load().kv_blocks_free > pair.prefill_info.kv_blocks - 3:
-            await asyncio.sleep(0.002)
+    decode, prefill = await pair.under_way(prompt, 3, SAMPLING)
     decode.cancel()
     with pytest.raises(asyncio.CancelledError):
         await decode
@@ -135,13 +131,9 @@ async def test_a_decode_cancelled_in_mid_transfer_gives_the_blocks_of_all_ranks_
 
 
 async def test_when_a_prefill_is_cancelled_decode_computes_the_rest(pair: EnginePair) -> None:
-    prompt, token = prompt_of(900, 6), os.urandom(16)
+    prompt = prompt_of(900, 6)
     reference = await pair.reference(prompt, SAMPLING)
-    decode = asyncio.create_task(pair.decode(prompt, token, SAMPLING, timeout_s=8.0))
-    prefill = asyncio.create_task(pair.prefill(prompt, token))
-    async with asyncio.timeout(SOON_S):
-        while pair.prefill_engine.load().kv_blocks_free > pair.prefill_info.kv_blocks - 3:
-            await asyncio.sleep(0.002)
+    decode, prefill = await pair.under_way(prompt, 3, SAMPLING, timeout_s=8.0)
     prefill.cancel()
     with pytest.raises(asyncio.CancelledError):
         await prefill

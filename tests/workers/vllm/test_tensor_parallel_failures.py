@@ -46,16 +46,6 @@ def rank_pid(engine: VllmEngine, rank: int) -> int:
     return sorted(pids)[rank]
 
 
-async def under_way(pair: EnginePair, prompt: list[int]) -> tuple[asyncio.Task[object], asyncio.Task[object]]:
-    token = os.urandom(16)
-    decode = asyncio.create_task(pair.decode(prompt, token, SAMPLING, timeout_s=60.0))
-    prefill = asyncio.create_task(pair.prefill(prompt, token))
-    async with asyncio.timeout(SOON_S):
-        while pair.prefill_engine.load().kv_blocks_free > pair.prefill_info.kv_blocks - 3:
-            await asyncio.sleep(0.002)
-    return decode, prefill
-
-
 async def blocks_are_free(engine: VllmEngine, kv_blocks: int) -> None:
     async with asyncio.timeout(SOON_S):
         while engine.load().kv_blocks_free != kv_blocks or engine.load().running:
@@ -66,7 +56,7 @@ async def blocks_are_free(engine: VllmEngine, kv_blocks: int) -> None:
 async def test_a_killed_prefill_rank_costs_no_answer(pair: EnginePair, rank: int) -> None:
     prompt = prompt_of(900, 1)
     reference = await pair.reference(prompt, SAMPLING)
-    decode, prefill = await under_way(pair, prompt)
+    decode, prefill = await pair.under_way(prompt, 3, SAMPLING)
     os.kill(rank_pid(pair.prefill_engine, rank), signal.SIGKILL)
     async with asyncio.timeout(SOON_S):
         with pytest.raises(EngineDead):
@@ -77,7 +67,7 @@ async def test_a_killed_prefill_rank_costs_no_answer(pair: EnginePair, rank: int
 
 
 async def test_a_killed_decode_rank_ends_its_engine_and_no_other(pair: EnginePair) -> None:
-    decode, prefill = await under_way(pair, prompt_of(900, 2))
+    decode, prefill = await pair.under_way(prompt_of(900, 2), 3, SAMPLING)
     os.kill(rank_pid(pair.decode_engine, 1), signal.SIGKILL)
     async with asyncio.timeout(SOON_S):
         with pytest.raises(EngineDead):

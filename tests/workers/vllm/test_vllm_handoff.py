@@ -142,13 +142,7 @@ async def test_a_stop_token_ends_it_also_as_the_first_one(pair: EnginePair) -> N
 
 
 async def test_a_decode_cancelled_in_mid_transfer_gives_all_blocks_back(pair: EnginePair) -> None:
-    prompt, token = random_prompt(1500, 9), os.urandom(16)
-    await pair.clear()
-    decode = asyncio.create_task(pair.decode(prompt, token))
-    prefill = asyncio.create_task(pair.prefill(prompt, token))
-    async with asyncio.timeout(20):
-        while pair.prefill_engine.load().kv_blocks_free > pair.prefill_info.kv_blocks - 8:
-            await asyncio.sleep(0.02)  # The second chunk is under way: the first one travels.
+    decode, prefill = await pair.under_way(random_prompt(1500, 9), 8)  # The second chunk; the first one travels.
     decode.cancel()
     with pytest.raises(asyncio.CancelledError):
         await decode
@@ -158,13 +152,9 @@ async def test_a_decode_cancelled_in_mid_transfer_gives_all_blocks_back(pair: En
 
 
 async def test_when_a_prefill_is_cancelled_the_decode_engine_computes_the_rest(pair: EnginePair) -> None:
-    prompt, token = random_prompt(1200, 10), os.urandom(16)
+    prompt = random_prompt(1200, 10)
     reference = await pair.reference(prompt)
-    decode = asyncio.create_task(pair.decode(prompt, token, timeout_s=8.0))
-    prefill = asyncio.create_task(pair.prefill(prompt, token))
-    async with asyncio.timeout(20):
-        while pair.prefill_engine.load().kv_blocks_free > pair.prefill_info.kv_blocks - 10:
-            await asyncio.sleep(0.02)
+    decode, prefill = await pair.under_way(prompt, 10, timeout_s=8.0)
     prefill.cancel()
     with pytest.raises(asyncio.CancelledError):
         await prefill

@@ -127,6 +127,25 @@ class EnginePair:
             prefill = group.create_task(self.prefill(prompt, token, scheme=scheme))
         return prefill.result(), decode.result()
 
+    async def under_way(
+        self, prompt: list[int], blocks: int, sampling: SamplingParams = GREEDY, *, timeout_s: float = 60.0
+    ) -> tuple[asyncio.Task[Answer], asyncio.Task[PrefillOutcome]]:
+        """A decode, and its prefill when so many blocks are computed; one that was over before that was seen is done again."""
+        for _ in range(10):
+            await self.clear()
+            token = os.urandom(16)
+            decode = asyncio.create_task(self.decode(prompt, token, sampling, timeout_s=timeout_s))
+            prefill = asyncio.create_task(self.prefill(prompt, token))
+            async with asyncio.timeout(timeout_s):
+                while self.prefill_engine.load().kv_blocks_free > self.prefill_info.kv_blocks - blocks:
+                    await asyncio.sleep(0.002)
+                    if prefill.done():
+                        break
+            if not prefill.done():
+                return decode, prefill
+            await decode
+        raise AssertionError("no prefill was seen while it was computed")
+
     async def reference(self, prompt: list[int], sampling: SamplingParams = GREEDY) -> Answer:
         """What the decode engine says when it computes the whole prompt itself; leaves both caches empty."""
         key = (tuple(prompt), sampling.seed, sampling.logprobs, sampling.max_tokens)
