@@ -23,7 +23,6 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
-from operator import mul
 from typing import NamedTuple
 
 import msgspec
@@ -61,6 +60,7 @@ class _Way(msgspec.Struct, frozen=True, eq=False, gc=False):
     computed: float  # prompt tokens
     before: float  # prompt tokens that are computed before them, as far as they are left
     is_blocked: bool  # it would wait for blocks, behind others
+    ttft_s: float
     ttft_features: tuple[float, ...]
 
     @property
@@ -75,12 +75,12 @@ class _Lane(NamedTuple):
     prefill: PrefillView
     computed: int  # prompt tokens
     queued: float  # those, and all that are computed before them
+    pairs: float
 
 
 class _Prices(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What is the same for all ways of a plan."""
 
-    weights: Sequence[float]  # of TTFT's model
     token_s: float  # of prefill; the same for a million pairs of attention
     pairs_s: float
     tail_per_s: float
@@ -135,19 +135,15 @@ class CostPolicy:
         self._pending: OrderedDict[RequestId, _Way] = OrderedDict()
 
     def pick(self, request: RequestView, workers: Sequence[WorkerView], now: float, rng: random.Random) -> Choice:
-        allowed = unherded(workers)
-        lanes = {name: _lane(request, name) for name in {worker.fingerprint for worker in allowed}}
-        ways: list[_Way] = []
-        for worker in allowed:
-            self._add_ways(ways, request, worker, lanes[worker.fingerprint], now)
+        ways = self._ways(request, unherded(workers), now)
         crowd = sum([way.ttft_features[WAITING] for way in ways]) / len(ways)  # that waits for blocks at a worker
         local, remote = (self._prices(request, crowd, is_local=is_local) for is_local in (True, False))
         terms = [self._terms(way, local if way.plan == "local" else remote) for way in ways]
         if self._is_asked:
             for term, way in zip(terms, ways, strict=True):
-                term |= self._asked_terms(request, way, term["ttft_s"])
+                term |= self._asked_terms(request, way)
         costs = [sum(term.values()) for term in terms]
-        place = self._best(ways, costs, [term["ttft_s"] for term in terms], rng)
+        place = self._best(ways, costs, rng)
         way, cost = ways[place], costs[place]
         worker = way.worker
         if way.plan == "local":
@@ -157,29 +153,27 @@ class CostPolicy:
         self._pending.move_to_end(request.request_id)
         if len(self._pending) > PENDING_MAX:
             self._pending.popitem(last=False)
-        ttft_s = terms[place]["ttft_s"]
         lane = way.prefill.worker_id if way.prefill is not None and way.prefill.hit_blocks else None
         by_cost = sorted(range(len(ways)), key=costs.__getitem__, reverse=True)
         return Choice(
             worker.worker_id,
             way.plan,
-            why=f"{way.plan}: first token in {ttft_s:.3f} s, cost {cost:.3f} s",
+            why=f"{way.plan}: first token in {way.ttft_s:.3f} s, cost {cost:.3f} s",
             lane=lane,
             costs={
                 ways[number].worker.worker_id: terms[number] for number in by_cost
-            },  # A worker's cheapest way is last.
-            ttft_s=ttft_s,
+            },  # The cheapest of a worker is last.
+            ttft_s=way.ttft_s,
             itl_s=self.itl.predict(way.itl_features),
         )
 
-    def _best(self, ways: Sequence[_Way], costs: Sequence[float], ttfts_s: Sequence[float], rng: random.Random) -> int:
+    def _best(self, ways: Sequence[_Way], costs: Sequence[float], rng: random.Random) -> int:
         """Place of the least cost. What differs by less than a step and the predictions' error is equal: there a hit decides."""
         least = min(range(len(costs)), key=costs.__getitem__)
         plan = ways[least].plan
-        step_s = (self.local if plan == "local" else self.remote).weights[
-            0
-        ]  # Nobody knows how far the step under way is.
-        most = costs[least] + step_s + self._doubt[plan] * ttfts_s[least]
+        # Nobody knows how far the step under way is.
+        step_s = (self.local if plan == "local" else self.remote).weights[0]
+        most = costs[least] + step_s + self._doubt[plan] * ways[least].ttft_s
         near = [place for place, cost in enumerate(costs) if cost <= most and ways[place].plan == plan]
         computed = min(ways[place].computed for place in near)
         near = [place for place in near if ways[place].computed == computed]
@@ -210,7 +204,6 @@ class CostPolicy:
         model, work = (self.local, self._work_weight * LOCAL_WORK) if is_local else (self.remote, self._work_weight)
         weights = model.weights
         return _Prices(
-            weights=weights,
             token_s=weights[1] / 1000,
             pairs_s=weights[2],
             tail_per_s=self._tail_weight / max(self._usual_ttft_s, 1e-6),
@@ -221,11 +214,8 @@ class CostPolicy:
         )
 
     def _terms(self, way: _Way, prices: _Prices) -> dict[str, float]:
-        worker, features = way.worker, way.ttft_features
-        ttft_s: float = sum(
-            map(mul, prices.weights, features)
-        )  # LiveFit.predict, of which there is one for each worker
-        prefill_s = way.computed * prices.token_s + features[2] * prices.pairs_s
+        worker, ttft_s = way.worker, way.ttft_s
+        prefill_s = way.computed * prices.token_s + way.ttft_features[2] * prices.pairs_s
         terms = {
             "ttft_s": ttft_s,
             "tail_s": prices.tail_per_s * ttft_s * min(ttft_s, prices.tail_max_s),
@@ -238,39 +228,52 @@ class CostPolicy:
             terms["no_room_s"] = NO_ROOM_S * (needed / max(worker.kv_blocks, 1) - 1)
         return terms
 
-    def _asked_terms(self, request: RequestView, way: _Way, ttft_s: float) -> dict[str, float]:
+    def _asked_terms(self, request: RequestView, way: _Way) -> dict[str, float]:
         """Those that are 0 unless somebody has set their weight or limit."""
         itl_s = self.itl.predict(way.itl_features)
-        over_s = max(0.0, ttft_s - self._ttft_slo_s) if self._ttft_slo_s else 0.0
+        over_s = max(0.0, way.ttft_s - self._ttft_slo_s) if self._ttft_slo_s else 0.0
         over_s += max(0.0, itl_s - self._itl_slo_s) * self._output_tokens if self._itl_slo_s else 0.0
         return {"itl_s": self._itl_weight * itl_s * min(request.max_tokens, self._output_tokens), "slo_s": 10 * over_s}
 
-    def _add_ways(
-        self, ways: list[_Way], request: RequestView, worker: WorkerView, lane: _Lane | None, now: float
-    ) -> None:
-        """Local and remote, as far as there are both."""
-        prompt_tokens, waiting, block_tokens = request.prompt_tokens, worker.waiting, worker.block_tokens
-        is_blocked = waiting > 0 and prompt_tokens > worker.kv_blocks_free * block_tokens
-        hit_tokens = worker.hit_blocks * block_tokens * self._kept[is_blocked]
-        uncached = prompt_tokens - hit_tokens if hit_tokens < prompt_tokens - 1 else 1.0
-        kv_blocks = worker.kv_blocks if worker.kv_blocks < worker.in_flight_blocks else worker.in_flight_blocks
-        kv_tokens = kv_blocks * block_tokens / 1e5
-        running = worker.load / 10, kv_tokens, float(waiting) if is_blocked else 0.0
-        has_local = worker.can_prefill_locally or lane is None
-        if has_local:
-            before = float(worker.local_prefill_tokens) if is_blocked else self._left(worker, now)
-            ttft = (1.0, (before + uncached) / 1000, _pairs(prompt_tokens, uncached), *running)
-            ways.append(_Way(worker, "local", None, prompt_tokens, uncached, before, is_blocked, ttft))
-        if lane is not None and (uncached > request.local_prefill_tokens_max or not has_local):
-            prefill, computed, queued = lane
-            over_link = (1.0, queued / 1000, _pairs(prompt_tokens, computed), *running, uncached / 1000)
-            before = queued - computed
-            ways.append(_Way(worker, "remote", prefill, prompt_tokens, computed, before, is_blocked, over_link))
+    def _ways(self, request: RequestView, workers: Sequence[WorkerView], now: float) -> list[_Way]:
+        """For each worker local and remote, as far as there are both."""
+        lanes = {name: _lane(request, name) for name in {worker.fingerprint for worker in workers}}
+        prompt_tokens, local_max = request.prompt_tokens, request.local_prefill_tokens_max
+        # LiveFit.predict, written out: it is asked for every worker.
+        a, b, c, d, e, f = self.local.weights
+        a_far, b_far, c_far, d_far, e_far, f_far, g_far = self.remote.weights
+        ways = []
+        for worker in workers:
+            lane, waiting, block_tokens = lanes[worker.fingerprint], worker.waiting, worker.block_tokens
+            is_blocked = waiting > 0 and prompt_tokens > worker.kv_blocks_free * block_tokens
+            hit_tokens = worker.hit_blocks * block_tokens * self._kept[is_blocked]
+            uncached = prompt_tokens - hit_tokens if hit_tokens < prompt_tokens - 1 else 1.0
+            kv_blocks = worker.kv_blocks if worker.kv_blocks < worker.in_flight_blocks else worker.in_flight_blocks
+            kv = kv_blocks * block_tokens / 1e5
+            running, waits = worker.load / 10, float(waiting) if is_blocked else 0.0
+            has_local = worker.can_prefill_locally or lane is None
+            if has_local:
+                before = float(worker.local_prefill_tokens) if is_blocked else self._left(worker, now)
+                tokens, pairs = (before + uncached) / 1000, _pairs(prompt_tokens, uncached)
+                features: tuple[float, ...] = (1.0, tokens, pairs, running, kv, waits)
+                ttft_s = a + b * tokens + c * pairs + d * running + e * kv + f * waits
+                ways.append(_Way(worker, "local", None, prompt_tokens, uncached, before, is_blocked, ttft_s, features))
+            if lane is not None and (uncached > local_max or not has_local):
+                prefill, computed, queued, pairs = lane
+                link = uncached / 1000
+                features = (1.0, queued / 1000, pairs, running, kv, waits, link)
+                ttft_s = a_far + b_far * queued / 1000 + c_far * pairs + d_far * running + e_far * kv + f_far * waits
+                ttft_s += g_far * link
+                before = queued - computed
+                ways.append(
+                    _Way(worker, "remote", prefill, prompt_tokens, computed, before, is_blocked, ttft_s, features)
+                )
+        return ways
 
     def _left(self, worker: WorkerView, now: float) -> float:
         """Prompt tokens that it has yet to compute: the router counts all of a prompt until its first token."""
         placed_tokens = worker.local_prefill_tokens
-        last = self._backlog.get(worker.worker_id)
+        last = self._backlog.get(worker.worker_id) if placed_tokens else None
         if last is None:
             return float(placed_tokens)
         done = (now - last.at_s) * 1000 / max(self.local.weights[1], 1e-6)
@@ -285,7 +288,7 @@ def _lane(request: RequestView, fingerprint: str) -> _Lane | None:
         return None
     shared = request.queued_prefill_tokens / len(prefills)
     lanes = [
-        _Lane(prefill, computed, prefill.queued_tokens + shared + computed)
+        _Lane(prefill, computed, prefill.queued_tokens + shared + computed, _pairs(request.prompt_tokens, computed))
         for prefill in prefills
         for computed in (_uncached(request, prefill),)
     ]
