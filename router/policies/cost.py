@@ -4,7 +4,8 @@ Three linear models are fitted live from how requests ended: the time to the fir
 prompt, the same over a prefill worker, and the gap between tokens. The choice is the least of
 
     TTFT + TTFT x TTFT / the usual TTFT x `tail_weight` + output tokens x ITL x `itl_weight`
-        + seconds of prefill x `work_weight` x (1 + 4 x requests that wait for blocks), twice for "local"
+        + seconds of prefill x `work_weight` x (1 + 4 x requests that wait for blocks) x (1 + 4 x the worker's share of KV in use),
+          twice for "local"
 
 A long wait is worse than two short ones. What is computed twice keeps others waiting, so a prefix hit is worth more than its own
 wait: more where others decode, most where memory is full. With a plan to choose, "local" also costs seconds of prefill x requests
@@ -41,6 +42,8 @@ LOCAL_WORK = 2.0
 CROWD_WORK = 4.0
 """How many times `work_weight` a prefill costs more for each request that waits for blocks, in the mean of the workers: all of
 them, and those that come before the crowd is gone, wait for it."""
+MEMORY_WORK = 4.0
+"""How many times it costs more where all KV memory is in use: what is computed there drops prefixes that others would find."""
 TAIL_MAX = 4.0
 """A wait of more than so many usual ones is not counted more often."""
 DOUBT_MAX = 0.25
@@ -60,6 +63,7 @@ class _Way(msgspec.Struct, frozen=True, eq=False, gc=False):
     computed: float  # prompt tokens
     before: float  # prompt tokens that are computed before them, as far as they are left
     is_blocked: bool  # it would wait for blocks, behind others
+    memory: float  # share of the worker's KV blocks that are promised
     ttft_s: float
     ttft_features: tuple[float, ...]
 
@@ -219,7 +223,7 @@ class CostPolicy:
         terms = {
             "ttft_s": ttft_s,
             "tail_s": prices.tail_per_s * ttft_s * min(ttft_s, prices.tail_max_s),
-            "work_s": prices.work * prefill_s,
+            "work_s": prices.work * prefill_s * (1 + MEMORY_WORK * way.memory),
         }
         if prices.stall:
             terms["stall_s"] = prices.stall * prefill_s * worker.load
@@ -249,7 +253,7 @@ class CostPolicy:
             hit_tokens = worker.hit_blocks * block_tokens * self._kept[is_blocked]
             uncached = prompt_tokens - hit_tokens if hit_tokens < prompt_tokens - 1 else 1.0
             kv_blocks = worker.kv_blocks if worker.kv_blocks < worker.in_flight_blocks else worker.in_flight_blocks
-            kv = kv_blocks * block_tokens / 1e5
+            kv, memory = kv_blocks * block_tokens / 1e5, kv_blocks / (worker.kv_blocks or 1)
             running, waits = worker.load / 10, float(waiting) if is_blocked else 0.0
             has_local = worker.can_prefill_locally or lane is None
             if has_local:
@@ -257,7 +261,9 @@ class CostPolicy:
                 tokens, pairs = (before + uncached) / 1000, _pairs(prompt_tokens, uncached)
                 features: tuple[float, ...] = (1.0, tokens, pairs, running, kv, waits)
                 ttft_s = a + b * tokens + c * pairs + d * running + e * kv + f * waits
-                ways.append(_Way(worker, "local", None, prompt_tokens, uncached, before, is_blocked, ttft_s, features))
+                ways.append(
+                    _Way(worker, "local", None, prompt_tokens, uncached, before, is_blocked, memory, ttft_s, features)
+                )
             if lane is not None and (uncached > local_max or not has_local):
                 prefill, computed, queued, pairs = lane
                 link = uncached / 1000
@@ -266,7 +272,9 @@ class CostPolicy:
                 ttft_s += g_far * link
                 before = queued - computed
                 ways.append(
-                    _Way(worker, "remote", prefill, prompt_tokens, computed, before, is_blocked, ttft_s, features)
+                    _Way(
+                        worker, "remote", prefill, prompt_tokens, computed, before, is_blocked, memory, ttft_s, features
+                    )
                 )
         return ways
 
