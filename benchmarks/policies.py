@@ -37,6 +37,7 @@ SMALL = Engine(block_tokens=16, kv_blocks=2400)
 SMALL_PROMPT_TOKENS_MAX = 14_336
 STARTS = (0, 4000, 8000, 2000, 6000, 10_000)
 """Where the slices of the conversation trace begin."""
+PACES = (1.0, 0.95, 0.9, 1.05, 0.85, 1.1, 0.975, 1.025)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def documents(folder: Path, play: int) -> Trace:
 
 
 def agents(folder: Path, play: int) -> Trace:
-    return read_trace(folder / "aiperf_agentic_120s_seed42.jsonl").closed().faster((1.0, 0.95, 0.9, 1.05, 0.85, 1.1, 0.975, 1.025)[play])
+    return read_trace(folder / "aiperf_agentic_120s_seed42.jsonl").closed().faster(PACES[play])
 
 
 def multiturn(_: Path, play: int) -> Trace:
@@ -83,7 +84,7 @@ def split(folder: Path, play: int) -> Trace:
 WORKLOADS = (
     Workload("conversation", "Mooncake conversation, 1,500 requests at 3x its rate, 4 workers", conversation, len(STARTS)),
     Workload("synthetic", "Mooncake synthetic, 1,300 requests at 2x its rate, 4 workers", documents, 5),
-    Workload("agentic", "aiperf agentic, closed loop, 4 workers", agents, 8),
+    Workload("agentic", "aiperf agentic, closed loop, 4 workers", agents, len(PACES)),
     Workload("multi-turn", "8 turns of 2,000 tokens, 2 conversations/s, 4 workers", multiturn, 10),
     Workload(
         "slice", "Mooncake conversation, prompts up to 14,336 tokens, lengths / 32, 4 workers of 2,400 blocks x 16 tokens",

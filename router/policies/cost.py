@@ -4,8 +4,8 @@ Three linear models are fitted live from how requests ended: the time to the fir
 prompt, the same over a prefill worker, and the gap between tokens. The choice is the least of
 
     TTFT + TTFT x TTFT / the usual TTFT x `tail_weight` + output tokens x ITL x `itl_weight`
-        + seconds of prefill x `work_weight` x (1 + 4 x requests that wait for blocks) x (1 + 4 x the worker's share of KV in use),
-          twice for "local"
+        + seconds of prefill x `work_weight`, twice for "local"
+          x (1 + 4 x requests that wait for blocks) x (1 + 4 x the worker's share of KV in use)
 
 A long wait is worse than two short ones. What is computed twice keeps others waiting, so a prefix hit is worth more than its own
 wait: more where others decode, most where memory is full. With a plan to choose, "local" also costs seconds of prefill x requests
