@@ -25,6 +25,7 @@ from .log import EventLog
 from .loop import Process, VirtualLoop, current_process
 from .members import RESTART_S, Member, RouterMember, Shape, WorkerMember
 
+NOTICED_S = 5.0  # silence that means death, and some more
 STOP_S = 15.0  # for a worker that is asked to, its grace included
 
 
@@ -132,8 +133,9 @@ class House:
             self.violate(f"a link moves block {block} of {worker.name}, which nobody holds")
 
     def stale_members(self) -> list[str]:
-        """Workers that a router counts on, and that are dead; once every silence was long enough."""
-        alive = {worker.name for worker in self.live_workers}
+        """Workers that a router counts on, and that have been dead for long enough; an engine that hung may end at any time."""
+        since_s = self.loop.time() - NOTICED_S
+        alive = {one.name for one in self.workers if one.process.died_s is None or one.process.died_s > since_s}
         return [
             f"{router.name} counts on {member.card.worker_id}, which is dead"
             for router in self.live_routers

@@ -31,11 +31,15 @@ class Process:
     def __init__(self, loop: VirtualLoop, name: str) -> None:
         self.name = name
         self.is_paused = False
-        self.is_dead = False
+        self.died_s: float | None = None
         self._loop = loop
         self._context = copy_context()
         self._context.run(_current.set, self)
         self._held: deque[events.Handle] = deque()  # what came due while it was paused
+
+    @property
+    def is_dead(self) -> bool:
+        return self.died_s is not None
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run a coroutine as a task of this process."""
@@ -62,7 +66,7 @@ class Process:
 
     def kill(self) -> None:
         """As SIGKILL: nothing of it runs any more, no `finally` either."""
-        self.is_dead = True
+        self.died_s = self._loop.time()
         self._held.clear()
 
     def hold(self, handle: events.Handle) -> None:
