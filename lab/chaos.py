@@ -420,9 +420,11 @@ async def _prove_alive(house: House, plan: Plan) -> None:
     # A lost word from a prefill worker costs a hand-off's timeout, and who waits for the slot behind it waits as long.
     in_time_s = FAULTS_S[1] + LIVENESS_S + 2 * plan.shape.handoff_timeout_s
     await _ended(house, plan.requests, max(in_time_s, house.loop.time()))
+    # A queue that waits for less time than a death takes to be noticed gives the job to more workers meanwhile; and so it does
+    # when the router that would judge has died itself.
+    is_unjudged = plan.shape.ack_wait_s < 3.0 or not all(router.is_alive for router in house.routers)
     for killed in house.poisoned.values():
-        # A queue that waits for less time than a death takes to be noticed gives the job to more workers meanwhile.
-        if killed > POISONED_MAX + (plan.shape.max_deliver if plan.shape.ack_wait_s < 3.0 else 0):
+        if killed > POISONED_MAX + (plan.shape.max_deliver if is_unjudged else 0):
             house.violate(f"{killed} workers died of one prompt")
     for request in plan.requests:
         if not request.ends or request.ended_s > in_time_s:
