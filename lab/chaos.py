@@ -420,11 +420,8 @@ async def _prove_alive(house: House, plan: Plan) -> None:
     # A lost word from a prefill worker costs a hand-off's timeout, and who waits for the slot behind it waits as long.
     in_time_s = FAULTS_S[1] + LIVENESS_S + 2 * plan.shape.handoff_timeout_s
     await _ended(house, plan.requests, max(in_time_s, house.loop.time()))
-    # A queue that waits for less time than a death takes to be noticed gives the job to more workers meanwhile; and so it does
-    # when the router that would judge has died itself.
-    is_unjudged = plan.shape.ack_wait_s < 3.0 or not all(router.is_alive for router in house.routers)
     for killed in house.poisoned.values():
-        if killed > POISONED_MAX + (plan.shape.max_deliver if is_unjudged else 0):
+        if killed > _poisoned_max(house, plan):
             house.violate(f"{killed} workers died of one prompt")
     for request in plan.requests:
         if not request.ends or request.ended_s > in_time_s:
@@ -436,6 +433,17 @@ async def _prove_alive(house: House, plan: Plan) -> None:
             pass  # Too much waits before it.
         elif not HOW_REQUESTS_END.issuperset(request.ends):
             house.violate(f"request {request.number} ended in a way that nobody should see: {request.ends}")
+
+
+def _poisoned_max(house: House, plan: Plan) -> int:
+    """Workers that one prompt may kill: one an attempt, when each death is noticed and judged before the next.
+
+    It is not where the queue waits for less time than that takes, where word of it is slow, and where the router has died itself:
+    then an attempt may cost a decode worker and a prefill worker for each delivery of its job.
+    """
+    is_slow = plan.shape.ack_wait_s < 3.0 or any(fault.kind == "slow bus" for fault in plan.faults)
+    is_judged = not is_slow and all(router.is_alive for router in house.routers)
+    return POISONED_MAX if is_judged else POISONED_MAX * (1 + plan.shape.max_deliver)
 
 
 async def _ended(house: House, requests: list[Request], until_s: float) -> None:
