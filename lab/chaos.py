@@ -19,6 +19,7 @@ from .loop import Deadlock, VirtualLoop, run
 from .members import Member, Shape, WorkerMember
 
 FAULTS_S = (2.0, 14.0)  # when they begin and, at the latest, end
+DEAD_S = 3.0  # of silence
 CALM_S = 8.0  # after the last fault: dead workers are noticed, new ones known
 LIVENESS_S = 10.0  # after the last fault, for every request that was open, besides the timeouts of hand-offs
 SETTLE_S = 70.0  # for jobs whose end nobody could tell: their time to live
@@ -436,13 +437,12 @@ async def _prove_alive(house: House, plan: Plan) -> None:
 
 
 def _poisoned_max(house: House, plan: Plan) -> int:
-    """Workers that one prompt may kill: one an attempt, when each death is noticed and judged before the next.
+    """Workers that one prompt may kill: one an attempt, when each death is noticed and judged before the queue tries again.
 
-    It is not where the queue waits for less time than that takes, where word of it is slow, and where the router has died itself:
-    then an attempt may cost a decode worker and a prefill worker for each delivery of its job.
+    It is not where the queue waits no longer than the silence that means death, nor where the router has died itself: then an
+    attempt may cost a decode worker, and a prefill worker for each delivery of its job.
     """
-    is_slow = plan.shape.ack_wait_s < 3.0 or any(fault.kind == "slow bus" for fault in plan.faults)
-    is_judged = not is_slow and all(router.is_alive for router in house.routers)
+    is_judged = plan.shape.ack_wait_s > DEAD_S and all(router.is_alive for router in house.routers)
     return POISONED_MAX if is_judged else POISONED_MAX * (1 + plan.shape.max_deliver)
 
 
