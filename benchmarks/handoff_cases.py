@@ -171,6 +171,11 @@ def scattered(kib: int) -> Case:
     return Case(f"32 x 2 x 64 blocks of {kib} KiB", _PLANES, _PLANE_BLOCKS, kib << 10)
 
 
+def long_prompt() -> Case:
+    """3,000 tokens of a 70B: 80 layers x 2 x 188 blocks of 32 KiB, 0.99 GB."""
+    return Case("80 x 2 x 188 blocks of 32 KiB", 160, 188, 32 << 10)
+
+
 def layer_by_layer(layer_ms: float) -> Case:
     """32 layers of 4 MiB in blocks of 64 KiB, each there so many milliseconds after the one before it."""
     return Case(f"layer by layer, 32 x 4 MiB, {layer_ms} ms each", 32, 64, 64 << 10, layer_ms=layer_ms)
@@ -194,4 +199,5 @@ def gpu_cases(device: str, *, quick: bool) -> list[Case]:
         scattered(16),
         scattered(32),
         *map(contiguous, (1, 4, 64)),
+        long_prompt(),
     ]

@@ -1,7 +1,7 @@
 """The load of `gpu_pd.py`: prompts of token ids through /v1/completions, streamed, on connections of their own.
 
-Two kinds: `closed` keeps so many requests in flight, `poisson` sends at a rate whatever the answers do (open loop). Only
-what falls into the window counts: its tokens by their arrival, first tokens and gaps between tokens within it.
+Three kinds: closed keeps so many requests in flight, Poisson sends at a rate and a trace at its times, whatever the answers do
+(open loop). Only what falls into the window counts: its tokens by their arrival, first tokens and gaps between tokens within it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import json
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 
 from measure import Row, percentile
+
+from hocket.lab.traces import Trace
 
 TIMEOUT_S = 180.0
 _HEAD = (
@@ -54,33 +56,51 @@ class Target:
     ports: tuple[int, ...]
     model: str
     prompt: Callable[[int, int], list[int]]  # (seed, tokens) -> ids
+    prefill_ports: tuple[int, ...] = ()  # servers whose KV vLLM's own connector fetches, asked first
 
-    def body(self, seed: int, isl: int, osl: int) -> bytes:
-        """A greedy request that always has `osl` tokens."""
-        return self.body_of(self.prompt(seed, isl), osl)
+    async def ask(self, seed: int, isl: int, osl: int, answer: Answer) -> Answer:
+        """Prompt `seed` of `isl` tokens, greedy, always `osl` tokens of answer. Raises what `ask` raises."""
+        return await self.ask_ids(self.ports[seed % len(self.ports)], self.prompt(seed, isl), osl, answer)
 
-    def body_of(self, ids: list[int], osl: int) -> bytes:
-        """The same for a prompt of these ids."""
-        fields = {"model": self.model, "prompt": ids, "max_tokens": osl, "temperature": 0}
-        return json.dumps(fields | {"ignore_eos": True, "stream": True}).encode()
+    async def ask_ids(self, port: int, ids: list[int], osl: int, answer: Answer) -> Answer:
+        """The same for a prompt of these ids, by the server on `port`."""
+        fields = {"model": self.model, "prompt": ids, "temperature": 0, "ignore_eos": True}
+        decode = fields | {"max_tokens": osl, "stream": True}
+        if self.prefill_ports:
+            answer.sent_s = time.monotonic()
+            prefill = fields | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}
+            decode["kv_transfer_params"] = await _prefill(self.prefill_ports[port % len(self.prefill_ports)], prefill)
+        return await ask(port, json.dumps(decode).encode(), answer)
 
 
 async def ask(port: int, body: bytes, answer: Answer) -> Answer:
     """Fill `answer` while it streams. Raises RequestError, TimeoutError, OSError."""
+    async with _posted(port, body) as reader:
+        answer.sent_s = answer.sent_s or time.monotonic()
+        await _read_head(reader, answer)
+        async for event in _events(reader):
+            _take(event, answer)
+    return answer
+
+
+async def _prefill(port: int, fields: Mapping[str, object]) -> object:
+    """Where the KV of a prompt lies, as vLLM's server that computed it says."""
+    async with _posted(port, json.dumps(fields).encode()) as reader:
+        await _read_head(reader, Answer(0.0))
+        return json.loads(await reader.read())["kv_transfer_params"]
+
+
+@contextlib.asynccontextmanager
+async def _posted(port: int, body: bytes) -> AsyncIterator[asyncio.StreamReader]:
     async with asyncio.timeout(TIMEOUT_S):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
         try:
-            head = _HEAD.format(len(body))
-            answer.sent_s = time.monotonic()
-            writer.write(head.encode() + body)
-            await _read_head(reader, answer)
-            async for event in _events(reader):
-                _take(event, answer)
+            writer.write(_HEAD.format(len(body)).encode() + body)
+            yield reader
         finally:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-    return answer
 
 
 async def _read_head(reader: asyncio.StreamReader, answer: Answer) -> None:
@@ -157,7 +177,7 @@ def _ms(seconds: float | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One point: `concurrency` requests in flight, or `rate` a second when that is not 0."""
+    """One point: `concurrency` requests in flight, or `rate` a second when that is not 0, or the lengths and times of `trace`."""
 
     isl: int
     osl: int
@@ -166,9 +186,19 @@ class Load:
     first_seed: int  # of its prompts: no two points share one
     warm_s: float
     window_s: float
+    trace: Trace | None = None
+
+    @property
+    def lengths(self) -> str:
+        """ISL/OSL, or the trace's name."""
+        return self.trace.name if self.trace else f"{self.isl}/{self.osl}"
 
     @property
     def title(self) -> str:
+        """How it arrives."""
+        if self.trace:
+            arrived = sum(turn.arrival_s < self.warm_s + self.window_s for turn in self.trace.turns)
+            return f"{arrived / (self.warm_s + self.window_s):.2g}/s as recorded"
         return f"{self.rate:g}/s" if self.rate else f"{self.concurrency} at once"
 
 
@@ -188,9 +218,11 @@ class Generator:
         """Warm up, call `on_window`, measure, cancel what still runs."""
         load = self._load
         async with asyncio.TaskGroup() as tasks:
-            if load.rate:
+            if load.trace:
+                self._start(tasks, self._replay(tasks, load.trace))
+            elif load.rate:
                 self._start(tasks, self._arrivals(tasks))
-            for place in range(0 if load.rate else load.concurrency):
+            for place in range(load.concurrency):
                 self._start(tasks, self._keep_one(place))
             await asyncio.sleep(load.warm_s)
             begin_s = time.monotonic()
@@ -208,27 +240,33 @@ class Generator:
         task.add_done_callback(self._running.discard)
 
     async def _keep_one(self, place: int) -> None:
-        # Not all at once: answers would stay in step.
-        await asyncio.sleep(self._load.warm_s * 0.6 * place / self._load.concurrency)
+        # Not all at once, and first answers of all lengths, as if it had always run: answers would stay in step.
+        load = self._load
+        await asyncio.sleep(load.warm_s * 0.6 * place / load.concurrency)
+        await self._one(load.isl, max(1, load.osl * (place + 1) // load.concurrency))
         while not self._stopped:
-            await self._one()
+            await self._one(load.isl, load.osl)
 
     async def _arrivals(self, tasks: asyncio.TaskGroup) -> None:
         source, at = random.Random(self._load.first_seed), time.monotonic()
         while not self._stopped:
-            self._start(tasks, self._one())
+            self._start(tasks, self._one(self._load.isl, self._load.osl))
             at += source.expovariate(self._load.rate)  # By the clock: a slow turn of the loop delays none that follow.
             await asyncio.sleep(max(0.0, at - time.monotonic()))
 
-    async def _one(self) -> None:
+    async def _replay(self, tasks: asyncio.TaskGroup, trace: Trace) -> None:
+        begin_s = time.monotonic()
+        for turn in trace.turns:
+            await asyncio.sleep(max(0.0, begin_s + turn.arrival_s - time.monotonic()))
+            self._start(tasks, self._one(turn.prompt_tokens, turn.output_tokens))
+
+    async def _one(self, isl: int, osl: int) -> None:
         seed = self._next
         self._next += 1
-        ports = self._target.ports
         answer = Answer(0.0)
         self._answers.append(answer)
-        body = self._target.body(seed, self._load.isl, self._load.osl)
         try:
-            await ask(ports[seed % len(ports)], body, answer)
+            await self._target.ask(seed, isl, osl, answer)
         except (RequestError, TimeoutError, OSError, ValueError) as error:
             if not self._stopped:
                 self._errors.append(f"{type(error).__name__}: {error}")

@@ -2,7 +2,9 @@
 
 - `pd`: `hocket serve` with prefill and decode workers, each on its GPU.
 - `aggregated`: `hocket serve` with a decode worker on each GPU, which compute their prompts themselves, behind `round_robin`.
-- `vllm`: vLLM's own server on each GPU; the client takes them in turn.
+- `vllm`: vLLM's own server on each GPU; the client takes them in turn. `vllm-tp`: one of them over all GPUs.
+- `vllm-nixl`: vLLM's own servers as prefill and decode, with its NIXL connector; the client asks the one and then the other, as
+  vLLM's proxies do.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class System:
     budget_file: Path
     trace: Path
     bus_url_file: Path | None = None
+    prefill_ports: tuple[int, ...] = ()  # of vLLM's own servers that prefill
     _cpu: dict[str, float] = field(default_factory=dict)
 
     def set_budget(self, tokens: int) -> None:
@@ -114,7 +117,7 @@ class System:
         """Until no engine runs a request, and a little longer for its blocks. Raises TimeoutError."""
         name = "num_requests_running" if self.metrics_ports else "vllm:num_requests_running"
         waiting = name.replace("running", "waiting")
-        ports = tuple(self.metrics_ports.values()) or self.ports
+        ports = tuple(self.metrics_ports.values()) or self.ports + self.prefill_ports
         end_s = time.monotonic() + IDLE_S
         while any(self.metric(port, name) + self.metric(port, waiting) for port in ports):
             if time.monotonic() > end_s:
@@ -311,27 +314,40 @@ def _pids(parent: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def vllm_system(folder: Path, options: EngineOptions, gpus: Sequence[str], start_s: float) -> Iterator[System]:
-    """vLLM's own server on each GPU. Raises RuntimeError when one does not get ready."""
+def vllm_system(
+    name: str, folder: Path, options: EngineOptions, roles: Sequence[tuple[str, str]], start_s: float
+) -> Iterator[System]:
+    """vLLM's own server for each of these (role, GPUs). Raises RuntimeError when one does not get ready."""
     folder.mkdir(parents=True)
-    ports = _free_ports(len(gpus))
+    ports = _free_ports(2 * len(roles))
     environment, budget, trace = _environment(folder)
-    arguments = {
-        "served_model_name": options.model.name, "block_size": options.block_tokens, "max_num_seqs": options.slots,
-        "max_model_len": options.max_model_len, "kv_cache_memory_bytes": int(options.kv_gib * (1 << 30)),
-        "dtype": "float32" if options.is_cpu else options.dtype, **_engine_args(options),
-    }  # fmt: skip
-    flags = [part for key, value in arguments.items() for part in _flag(key, value)]
+    is_pd = any(role == "prefill" for role, _ in roles)
     with Children(folder) as children:
-        for index, (port, gpu) in enumerate(zip(ports, gpus, strict=True)):
+        for index, (role, gpus) in enumerate(roles):
+            slots = options.prefill_slots if role == "prefill" else options.slots
+            arguments = {
+                "served_model_name": options.model.name, "block_size": options.block_tokens, "max_num_seqs": slots,
+                "max_model_len": options.max_model_len, "kv_cache_memory_bytes": int(options.kv_gib * (1 << 30)),
+                "dtype": "float32" if options.is_cpu else options.dtype,
+                "tensor_parallel_size": gpus.count(",") + 1, **_engine_args(options),
+            }  # fmt: skip
+            if is_pd:
+                arguments["kv_transfer_config"] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+            flags = [part for key, value in arguments.items() for part in _flag(key, value)]
             command = [
                 sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model), "--host", "127.0.0.1",
-                "--port", str(port), *flags,
+                "--port", str(ports[index]), *flags,
             ]  # fmt: skip
-            own = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-            children.start(f"vllm-{index}", command, environment | own)
-        _wait_ready(children, ports, "/health", start_s)
-        yield System("vllm", tuple(ports), {}, {}, options.model.name, len(gpus), 1, budget, trace)
+            side_port = str(ports[len(roles) + index])
+            own = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": side_port}
+            children.start(
+                f"{role}-{index}", command, environment | own | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+            )
+        _wait_ready(children, ports[: len(roles)], "/health", start_s)
+        decode = tuple(port for port, (role, _) in zip(ports, roles, strict=False) if role != "prefill")
+        prefill = tuple(port for port, (role, _) in zip(ports, roles, strict=False) if role == "prefill")
+        count = sum(gpus.count(",") + 1 for _, gpus in roles)
+        yield System(name, decode, {}, {}, options.model.name, count, 1, budget, trace, prefill_ports=prefill)
 
 
 def _flag(key: str, value: object) -> list[str]:

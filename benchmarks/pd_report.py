@@ -29,8 +29,9 @@ EQUAL_COLUMNS = {
     "itl": "at equal",
     "limit_ms": "ms",
     "pd": "pd tokens/s/GPU",
-    "other": "aggregated",
-    "other_name": "best of",
+    "against": "against",
+    "other": "its tokens/s/GPU",
+    "other_budget": "chunk",
     "ratio": "ratio",
 }
 ITLS = {"itl_mean_ms": "mean ITL", "itl_p99_ms": "p99 ITL"}
@@ -48,28 +49,30 @@ def best_at(points: Sequence[Row], itl: str, limit_ms: float) -> float | None:
 
 
 def equal_itl(points: Sequence[Row]) -> list[Row]:
-    """At each point of `pd`: what the others reach with the same ITL. Each chunk budget is a curve; the best counts."""
+    """At each point of `pd`: what each other system reaches with the same ITL. Each chunk budget is a curve; the best counts."""
     rows: list[Row] = []
     for loads in dict.fromkeys(row["loads"] for row in points):
         of_loads = [row for row in points if row["loads"] == loads]
         ours = [row for row in of_loads if row["system"] == "pd"]
-        others = {(row["system"], row["budget"]) for row in of_loads if row["system"] != "pd"}
+        others = dict.fromkeys(row["system"] for row in of_loads if row["system"] != "pd")
         for itl, title in ITLS.items():
             for limit_ms in sorted(float(row[itl] or 0) for row in ours if row[itl]):
-                found = {
-                    f"{name} {budget}": best_at(
-                        [row for row in of_loads if (row["system"], row["budget"]) == (name, budget)], itl, limit_ms
-                    )
-                    for name, budget in others
-                }
-                name, best = max(found.items(), key=lambda item: item[1] or 0.0, default=("", None))
                 mine = best_at(ours, itl, limit_ms)
-                ratio = mine / best if mine and best else None
-                rows.append(
-                    {"loads": loads, "itl": title, "limit_ms": limit_ms, "pd": mine, "other": best,
-                     "other_name": name if best else "none reaches it", "ratio": ratio}
-                )  # fmt: skip
+                for system in others:
+                    budget, best = _best_budget([row for row in of_loads if row["system"] == system], itl, limit_ms)
+                    ratio = mine / best if mine and best else None
+                    rows.append(
+                        {"loads": loads, "itl": title, "limit_ms": limit_ms, "pd": mine, "against": system, "other": best,
+                         "other_budget": budget if best else "none reaches it", "ratio": ratio}
+                    )  # fmt: skip
     return rows
+
+
+def _best_budget(points: Sequence[Row], itl: str, limit_ms: float) -> tuple[object, float | None]:
+    """The chunk budget whose curve has the most tokens/s/GPU, and how many."""
+    budgets = dict.fromkeys(row["budget"] for row in points)
+    found = {budget: best_at([row for row in points if row["budget"] == budget], itl, limit_ms) for budget in budgets}
+    return max(found.items(), key=lambda item: item[1] or 0.0)
 
 
 def draw(points: Sequence[Row], file: Path, title: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from itertools import cycle
 
 from ..base import Extent
 from ..errors import TransportError, TransportUnavailable
@@ -27,6 +28,7 @@ except ImportError as error:
 __all__ = ["MESSAGE_BYTES_MAX", "CudaKvPool", "StagingSlot", "host_digest"]
 
 MESSAGE_BYTES_MAX = 64 << 20
+_SCATTER_STREAMS = 2  # the end of a scatter does not leave the GPU to itself
 _CLOSE_S = 10.0
 
 
@@ -69,7 +71,8 @@ class CudaKvPool:
         self._parked: list[StagingSlot] = []  # given back while a kernel used them
         self._lock = threading.Lock()
         # Gathers and scatters apart: a gather behind a fence must not hold up what has arrived.
-        self._gathers, self._scatters = (self._new_stream() for _ in range(2))
+        self._gathers = self._new_stream()
+        self._scatters = cycle([self._new_stream() for _ in range(_SCATTER_STREAMS)])
         self._fence = torch.cuda.Event() if self._is_cuda else None
         self._fences = self._fences_seen = 0
         self._ring: GpuRing | None = None
@@ -160,27 +163,30 @@ class CudaKvPool:
         if self._ring is None:
             self._enter()
             assert self._device_staging
-            handle = self._scatters.cuda_stream if self._scatters else 0
+            stream = next(self._scatters)
+            handle = stream.cuda_stream if stream else 0
             self._ring = GpuRing(self._device_staging, self._mover, handle, self._enter)
         return self._ring
 
     def scatter(self, extents: Sequence[Extent], slot: Slot) -> GpuTicket:
-        """Copy the slot's bytes into these blocks, on a stream of its own.
+        """Copy the slot's bytes into these blocks, on a stream where no gather is; in any order with other scatters.
 
         With `verifies_blocks` the digest is that of the blocks, read back.
         """
         return self.launch(self.arm(extents, slot, is_gather=False))
 
     def _scatter(self, ticket: GpuTicket, armed: Armed) -> GpuTicket:
-        self._mover.launch(ticket, self._scatters)
+        stream = next(self._scatters)
+        self._mover.launch(ticket, stream)
         if self._verifies_blocks:
-            target = armed.slot if isinstance(armed.slot, StagingSlot) else self._spare(armed.slot.buffer.nbytes)
-            ticket = self._mover.move(armed.extents, target, self._scatters, is_gather=True)
+            is_own = isinstance(armed.slot, StagingSlot)
+            target = armed.slot if is_own else self._spare(armed.slot.buffer.nbytes, stream)
+            ticket = self._mover.move(armed.extents, target, stream, is_gather=True)
         return ticket
 
-    def _spare(self, nbytes: int) -> ForeignSlot:
-        """Memory to verify blocks through; the scatter stream's own, so it is given back to that alone."""
-        with torch.cuda.stream(self._scatters):  # None changes nothing.
+    def _spare(self, nbytes: int, stream: torch.cuda.Stream | None) -> ForeignSlot:
+        """Memory to verify blocks through; this scatter's stream's own, so it is given back to that alone."""
+        with torch.cuda.stream(stream):  # None changes nothing.
             memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         return ForeignSlot(memory.data_ptr(), nbytes, memory, self._device)
 
