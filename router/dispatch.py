@@ -151,7 +151,7 @@ class Dispatch:
             return machine.not_published(publish.attempt, Overloaded("the prefill queue is full", retry_after_s=1.0))
         except (BusDisconnected, BusError) as error:
             log.warning("work queue away: %s", error, extra={"request_id": generation.request_id})
-            if await self._send_directly(payload, job, lane):
+            if await self._send_directly(machine, payload, job, lane):
                 self._metrics.queue_fallbacks.labels("direct").inc()
                 return machine.published(publish.attempt, None)
             self._metrics.queue_fallbacks.labels("local").inc()
@@ -176,22 +176,35 @@ class Dispatch:
         urgent, usual = subjects.JOB_CLASSES
         return subjects.prefill_jobs(self._pool, urgent if job.priority > 0 else usual)
 
-    async def _send_directly(self, payload: bytes, job: PrefillJob, lane: WorkerId | None) -> bool:
+    async def _send_directly(
+        self, machine: RequestMachine, payload: bytes, job: PrefillJob, lane: WorkerId | None
+    ) -> bool:
         members = [member for member in self._membership.view.members("prefill") if _can_do(member, job)]
 
         def rank(member: Member) -> tuple[bool, int, WorkerId]:
             load, worker = member.heartbeat.running + member.heartbeat.waiting, member.card.worker_id
             return worker != lane, load, worker
 
-        for member in sorted(members, key=rank):
-            subject = subjects.prefill_direct(self._pool, member.card.worker_id)
-            try:
-                answer = decode(await self._bus.request(subject, payload, timeout_s=DIRECT_TIMEOUT_S))
-            except (BusError, msgspec.MsgspecError):
-                continue
-            if isinstance(answer, Admitted):
+        for worker in [member.card.worker_id for member in sorted(members, key=rank)]:
+            if not machine.offered(job.attempt, worker) or await self._is_taken(machine, payload, job, worker):
                 return True
         return False
+
+    async def _is_taken(self, machine: RequestMachine, payload: bytes, job: PrefillJob, worker: WorkerId) -> bool:
+        """Ask one prefill worker. Without an answer it may have the job all the same, and may have died of it."""
+        subject = subjects.prefill_direct(self._pool, worker)
+        try:
+            answer = decode(await self._bus.request(subject, payload, timeout_s=DIRECT_TIMEOUT_S))
+        except NoResponders:
+            machine.returned(job.attempt, worker)
+            self._membership.doubt(worker)
+            return False
+        except (BusError, msgspec.MsgspecError):
+            self._membership.doubt(worker)
+            return False
+        if isinstance(answer, Refused):
+            machine.returned(job.attempt, worker)
+        return isinstance(answer, Admitted)
 
 
 def _can_do(member: Member, job: PrefillJob) -> bool:

@@ -280,6 +280,13 @@ class RequestMachine:
 
     # ---- the prefill job
 
+    def offered(self, attempt: int, worker: WorkerId) -> bool:
+        """The prefill worker is about to get the job itself, and may die before it says so. False: nobody needs the job now."""
+        is_needed = attempt == self.attempt and self._is_prefill_open
+        if is_needed:
+            self._had_by.add(worker)
+        return is_needed
+
     def claimed(self, attempt: int, worker: WorkerId, ack_subject: str) -> list[Instruction]:
         """A prefill worker computes the job now."""
         if attempt == self.attempt and self._is_prefill_open:
@@ -289,7 +296,7 @@ class RequestMachine:
         return []
 
     def returned(self, attempt: int, worker: WorkerId) -> list[Instruction]:
-        """The prefill worker that had the job gave it back to the queue."""
+        """The prefill worker gave the job back to the queue, or did not take it."""
         if attempt == self.attempt and worker == self._prefill_worker:
             self._prefill_worker, self._ack_subject = None, ""
         self._had_by.discard(worker)

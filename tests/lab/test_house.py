@@ -293,6 +293,20 @@ def test_a_poison_alone_costs_two_workers():
     house_run(Shape(prefill=3), story)
 
 
+def test_a_poison_past_the_queue_is_judged_by_workers_that_died_without_a_word():
+    async def story(house: House) -> None:
+        house.broker.lose_leader()
+        house.broker.faults.delay_s = (0.2, 0.2)  # Their answers and claims die with them.
+        house.send(bad := poison(1))
+        assert await ended(bad, 30.0) == ["quarantined"]
+        assert sum(house.poisoned.values()) <= 3
+        house.broker.elect()
+        house.broker.faults.delay_s = (0.0001, 0.001)
+        await asyncio.sleep(15.0)
+
+    house_run(Shape(prefill=2, decode=3), story)
+
+
 def test_many_that_died_together_twice_are_tried_one_by_one():
     async def story(house: House) -> None:
         requests = [request(number, 100, SamplingParams(max_tokens=3)) for number in range(4)]

@@ -29,7 +29,7 @@ from hocket.router.request import (
     RequestMachine,
 )
 
-D1, D2, P1 = WorkerId("decode-1"), WorkerId("decode-2"), WorkerId("prefill-1")
+D1, D2, P1, P2 = (WorkerId(name) for name in ("decode-1", "decode-2", "prefill-1", "prefill-2"))
 TOKEN = HandoffToken(bytes(16))
 
 
@@ -186,6 +186,18 @@ def test_a_job_whose_request_has_to_go_alone_is_not_given_to_the_next_prefill_wo
         DeleteJob(7),
         Pick(frozenset()),
     ]
+
+
+def test_a_prefill_worker_that_was_offered_the_job_may_have_died_of_it():
+    request = running_remotely()
+    assert request.offered(0, P1)
+    assert request.was_on(P1)
+    request.returned(0, P1)
+    assert not request.was_on(P1)
+    request.offered(0, P1)
+    request.worker_lost(P1, verdict=Verdict.GUILTY)
+    assert not request.offered(0, P2)
+    assert not request.was_on(P2)
 
 
 def test_a_client_that_leaves_frees_everything():
