@@ -354,4 +354,6 @@ def _flag(key: str, value: object) -> list[str]:
     name = "--" + key.replace("_", "-")
     if isinstance(value, bool):
         return [name] if value else [f"--no-{name[2:]}"]
-    return [name, json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+    if isinstance(value, list):
+        return [name, *map(str, value)]
+    return [name, json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 HALF_LIFE_S = 10.0  # of busy time
+TOKENS_MIN = 128  # fewer (prompts that were cached but for their end) tell how long a hand-off takes, not how fast one computes
 
 
 class Throughput:
@@ -34,4 +35,4 @@ class Throughput:
     @property
     def tokens_per_s(self) -> float:
         """0.0 while nothing is known."""
-        return self._tokens / self._busy_s if self._busy_s > 0.001 else 0.0
+        return self._tokens / self._busy_s if self._tokens >= TOKENS_MIN and self._busy_s > 0.001 else 0.0

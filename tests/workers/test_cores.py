@@ -253,8 +253,19 @@ def test_work_that_failed_says_nothing_of_the_speed():
     throughput.begin(40.0)
     throughput.begin(40.0)
     throughput.end(40.5, None)
-    throughput.end(41.0, 100)
-    assert throughput.tokens_per_s == pytest.approx(100.0, rel=0.05)
+    throughput.end(41.0, 200)
+    assert throughput.tokens_per_s == pytest.approx(200.0, rel=0.05)
+
+
+def test_a_few_tokens_say_nothing_of_the_speed():
+    throughput = Throughput()
+    for second in range(100):  # Prompts that are cached but for one token.
+        throughput.begin(float(second))
+        throughput.end(second + 0.25, 1)
+        assert throughput.tokens_per_s == 0.0
+    throughput.begin(100.0)
+    throughput.end(101.0, 10_000)
+    assert throughput.tokens_per_s > 500.0
 
 
 # Clocks.
