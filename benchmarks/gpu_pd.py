@@ -63,7 +63,9 @@ class Bench:
         self._seed = 1_000_000
         self.rows: list[Row] = [row for file in options.add for row in json.loads(file.read_text())]
         self.rows = [row for row in self.rows if row["kind"] != "equal"]
-        self.title = f"{model.name}; {self._gpus.name}; {machine()}; {versions(*PACKAGES)}; {' '.join(sys.argv[1:])}"
+        self.title = model.name  # Of rows that were measured before, elsewhere, no more is known.
+        if options.systems:
+            self.title += f"; {self._gpus.name}; {machine()}; {versions(*PACKAGES)}; {' '.join(sys.argv[1:])}"
         self.say(self.title)
 
     def say(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def _best_budget(points: Sequence[Row], itl: str, limit_ms: float) -> tuple[obje
 
 
 def draw(points: Sequence[Row], file: Path, title: str) -> bool:
-    """Curves of each system, a picture a load. False where matplotlib is not installed."""
+    """Curves of each system, a picture a load; crosses: open loop. False where matplotlib is not installed."""
     try:
         import matplotlib as mpl  # Optional: the rows say the same.
     except ImportError:
@@ -84,22 +85,27 @@ def draw(points: Sequence[Row], file: Path, title: str) -> bool:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    loads = list(dict.fromkeys(row["loads"] for row in points))
+    counts = Counter((row["loads"], row["system"], row["budget"]) for row in points)
+    loads = list(dict.fromkeys(load for (load, _, _), count in counts.items() if count > 1)) or [points[0]["loads"]]
     figure, grid = pyplot.subplots(len(loads), 3, figsize=(15, 4.2 * len(loads)), squeeze=False)
     axes = {"itl_mean_ms": "mean ITL, ms", "itl_p99_ms": "p99 ITL, ms", "ttft_p50_ms": "TTFT p50, ms"}
     for line, load in zip(grid, loads, strict=True):
         for axis, (key, label) in zip(line, axes.items(), strict=True):
-            of_load = [row for row in points if row["loads"] == load]
+            of_load = [row for row in points if row["loads"] == load and row[key]]
             for system, budget in dict.fromkeys((row["system"], row["budget"]) for row in of_load):
-                curve = [row for row in of_load if (row["system"], row["budget"]) == (system, budget) and row[key]]
-                curve.sort(key=lambda row: float(row["tokens_per_s_gpu"] or 0))
+                own = [row for row in of_load if (row["system"], row["budget"]) == (system, budget)]
+                curve = [row for row in own if not str(row["load"]).endswith("/s")]
+                curve.sort(key=lambda row: int(str(row["load"]).split()[0]))
                 name = f"{system} {budget}" if budget else str(system)
-                axis.plot([row[key] for row in curve], [row["tokens_per_s_gpu"] for row in curve], "o-", label=name)
+                (drawn,) = axis.plot([r[key] for r in curve], [r["tokens_per_s_gpu"] for r in curve], "o-", label=name)
+                open_loop = [row for row in own if row not in curve]
+                xs, ys = [r[key] for r in open_loop], [r["tokens_per_s_gpu"] for r in open_loop]
+                axis.plot(xs, ys, "x", color=drawn.get_color())
             axis.set(xlabel=label, ylabel="tokens/s per GPU", title=f"ISL/OSL {load}")
             axis.set_ylim(bottom=0)
             axis.grid(visible=True, alpha=0.3)
         line[0].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(file, dpi=90)
     return True
