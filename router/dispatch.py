@@ -85,6 +85,7 @@ class Dispatch:
         try:
             answer = decode(await self._bus.request(subject, encode(job), timeout_s=ADMISSION_TIMEOUT_S))
         except NoResponders:
+            machine.unreached(ask.attempt, ask.worker)
             self._membership.lost(ask.worker, "nobody listens")
             return machine.decode_silent(ask.attempt)
         except (BusError, msgspec.MsgspecError) as error:
@@ -196,7 +197,7 @@ class Dispatch:
         try:
             answer = decode(await self._bus.request(subject, payload, timeout_s=DIRECT_TIMEOUT_S))
         except NoResponders:
-            machine.returned(job.attempt, worker)
+            machine.unreached(job.attempt, worker)
             self._membership.doubt(worker)
             return False
         except (BusError, msgspec.MsgspecError):

@@ -189,7 +189,8 @@ class RequestMachine:
         self._is_reported = False
         self._losses = 0
         self._excluded: set[WorkerId] = set()
-        self._had_by: set[WorkerId] = set()  # workers of any attempt that may have begun it and did not give it back
+        # Workers that may have begun it and did not give it back, each with the first attempt that was sent there.
+        self._had_by: dict[WorkerId, int] = {}
         self._refusals: list[float] = []  # each refused worker's retry_after_s
         # The prefill job of this attempt.
         self._is_prefill_open = False
@@ -214,7 +215,7 @@ class RequestMachine:
         self.attempt += 1
         self.worker, self.plan, self._why = worker, plan, why
         self.prefilled_by = None
-        self._had_by.add(worker)
+        self._had_by.setdefault(worker, self.attempt)
         self._attempt_token = token if plan == "remote" else None
         self._attempt_ranks = prefill_ranks
         self._lane = lane
@@ -247,7 +248,7 @@ class RequestMachine:
         if attempt != self.attempt or self.phase is not Phase.ADMITTING or self.worker is None:
             return []
         released = Release(self.worker)
-        self._had_by.discard(self.worker)
+        self._had_by.pop(self.worker, None)
         if reason in ("too_long", "bad_job"):
             return [released, *self._give_up(Rejected(detail or reason), reason)]
         if reason == "busy":
@@ -284,14 +285,14 @@ class RequestMachine:
         """The prefill worker is about to get the job itself, and may die before it says so. False: nobody needs the job now."""
         is_needed = attempt == self.attempt and self._is_prefill_open
         if is_needed:
-            self._had_by.add(worker)
+            self._had_by.setdefault(worker, self.attempt)
         return is_needed
 
     def claimed(self, attempt: int, worker: WorkerId, ack_subject: str) -> list[Instruction]:
         """A prefill worker computes the job now."""
         if attempt == self.attempt and self._is_prefill_open:
             self._prefill_worker = self.prefilled_by = worker
-            self._had_by.add(worker)
+            self._had_by.setdefault(worker, self.attempt)
             self._ack_subject = ack_subject
         return []
 
@@ -299,14 +300,14 @@ class RequestMachine:
         """The prefill worker gave the job back to the queue, or did not take it."""
         if attempt == self.attempt and worker == self._prefill_worker:
             self._prefill_worker, self._ack_subject = None, ""
-        self._had_by.discard(worker)
+        self._had_by.pop(worker, None)
         return []
 
     def prefill_done(self, attempt: int) -> list[Instruction]:
         """The KV has landed and the job is gone."""
         if attempt == self.attempt:
             if self._prefill_worker is not None:
-                self._had_by.discard(self._prefill_worker)
+                self._had_by.pop(self._prefill_worker, None)
             self._close_prefill()
         return []
 
@@ -344,13 +345,18 @@ class RequestMachine:
         """Whether the worker may have died of it; a death may be noticed when the next attempt has begun."""
         return worker in self._had_by
 
+    def unreached(self, attempt: int, worker: WorkerId) -> None:
+        """Nobody listens there: the worker did not die of this attempt, though it may have of one before."""
+        if self._had_by.get(worker) == attempt:
+            del self._had_by[worker]
+
     def worker_lost(
         self, worker: WorkerId, nak_delay_s: float = 0.0, verdict: Verdict = Verdict.AGAIN
     ) -> list[Instruction]:
         """A worker died or left. `nak_delay_s`: so long the queue may still give jobs to it (it hangs with open pulls)."""
         if self.phase is Phase.ENDED:
             return []
-        self._had_by.discard(worker)
+        self._had_by.pop(worker, None)
         if verdict is Verdict.GUILTY and not self.has_token:
             return self.failed(quarantined())
         if self.worker is None:
@@ -364,6 +370,9 @@ class RequestMachine:
             # Not by the queue, which would give it to the next worker at once.
             dropped = [CancelAttempts(self.attempt), Release(self.worker), *self._drop_job()]
             return dropped + self._pick_again(is_refused=False)
+        if is_claimed and self.has_token:
+            # The decode worker has gone on without it: the next worker would do it in vain.
+            return self._drop_job()
         return [NakJob(self._ack_subject, nak_delay_s)] if is_claimed and self._ack_subject else []
 
     # ---- tokens and ends

@@ -293,6 +293,34 @@ def test_a_poison_alone_costs_two_workers():
     house_run(Shape(prefill=3), story)
 
 
+def test_a_request_that_finds_nobody_where_a_poison_was_is_not_blamed_with_it():
+    async def story(house: House) -> None:
+        house.send(bad := poison(1))
+        await asyncio.sleep(0.1)
+        assert sum(house.poisoned.values()) == 1  # And no router knows yet.
+        requests = [request(number) for number in (10, 11)]
+        for one in requests:
+            house.send(one)
+        assert await ended(bad, 20.0) == ["quarantined"]
+        assert {tuple(await ended(one, 10.0)) for one in requests} == {("answered",)}
+        assert sum(house.poisoned.values()) == 2
+        await asyncio.sleep(5.0)
+
+    house_run(Shape(prefill=0, decode=2, policy="round_robin"), story)
+
+
+def test_a_job_that_its_decode_worker_did_without_is_not_tried_again():
+    async def story(house: House) -> None:
+        bad = poison(1)
+        bad.sampling = SamplingParams(max_tokens=200)  # It lasts until the death is noticed.
+        house.send(bad)
+        assert await ended(bad, 20.0) == ["answered"]  # Who computes what is left of a hand-off survives it.
+        assert sum(house.poisoned.values()) == 1
+        await asyncio.sleep(5.0)
+
+    house_run(Shape(prefill=2, handoff_timeout_s=0.5), story)
+
+
 def test_a_poison_past_the_queue_is_judged_by_workers_that_died_without_a_word():
     async def story(house: House) -> None:
         house.broker.lose_leader()

@@ -200,6 +200,29 @@ def test_a_prefill_worker_that_was_offered_the_job_may_have_died_of_it():
     assert not request.was_on(P2)
 
 
+def test_a_worker_that_was_not_reached_did_not_die_of_the_request():
+    request = machine()
+    request.begin()
+    request.picked(D1, "local", "", TOKEN)
+    request.unreached(0, D1)
+    assert not request.was_on(D1)
+
+
+def test_a_worker_that_is_not_reached_any_more_may_have_died_of_an_attempt_before():
+    request = running_remotely()
+    assert AskDecode in kinds(request.prefill_failed(0))
+    request.unreached(1, D1)
+    assert request.was_on(D1)
+
+
+def test_a_dead_prefill_workers_job_is_of_no_use_when_the_decode_worker_went_on_without_it():
+    request = running_remotely()
+    request.claimed(0, P1, "ack.subject")
+    request.first_token()
+    assert request.worker_lost(P1) == [DeleteJob(7)]
+    assert request.worker_lost(P1) == []
+
+
 def test_a_client_that_leaves_frees_everything():
     request = running_remotely()
     assert request.abandoned() == [CancelAttempts(0), DeleteJob(7), Release(D1), Forget()]
