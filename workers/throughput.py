@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 HALF_LIFE_S = 10.0  # of busy time
-TOKENS_MIN = 128  # fewer (prompts that were cached but for their end) tell how long a hand-off takes, not how fast one computes
+TOKENS_MIN = (
+    128  # fewer (prompts that were cached but for their end) tell how long a hand-off takes, not how fast one computes
+)
 
 
 class Throughput:
