@@ -155,8 +155,13 @@ async def test_the_next_job_of_a_lane_can_be_taken_without_waiting(rig: Rig) -> 
     await put(bus, b"two", lane=lane)
     async with asyncio.timeout(10):
         job = await other.jobs.take(lane)
-    assert job is not None
-    assert (job.payload, job.delivery, job.behind) == (b"one", 1, 1)
+        assert job is not None
+        assert (job.payload, job.delivery) == (b"one", 1)
+        while job.behind != 1:  # The server counts what was stored a moment after it has confirmed it.
+            await job.nak()
+            job = await other.jobs.take(lane)
+            assert job is not None
+    assert job.payload == b"one"
     await job.ack()
     second = await bus.jobs.take(lane)
     assert second is not None

@@ -158,17 +158,17 @@ async def test_a_stopped_sender_writes_nothing_after_the_abort(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 async def test_buffers_that_are_used_again_after_an_abort_stay_as_they_are(receive: Receive, scheme: str) -> None:
-    receiving = await receive(scheme, 40, 4, 1 << 20, act_after=3)
+    receiving = await receive(scheme, 100, 4, 1 << 20, act_after=3)
     async with asyncio.timeout(20.0):
         await receiving.acted.wait()
         await receiving.link.abort()
-    assert len(receiving.done) == 40
+    assert len(receiving.done) == 100
     assert any(isinstance(error, LinkLost) for error in receiving.done), "the sender was too fast to be caught"
     receiving.rows[:] = 0
     assert receiving.child.stdout is not None
     async with asyncio.timeout(10.0):
         line = await receiving.child.stdout.readline()
-    assert line.split() == [b"lost", b"40"]
+    assert line.split() == [b"lost", b"100"]
     assert not receiving.rows.any(), "bytes were written after the abort"
 
 
