@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pd_models import SHAPES
 
-from hocket.lab.traces import read_trace
+from hocket.lab.traces import Trace, TraceError, read_trace
 
 Ints = list[int]
 
@@ -28,6 +28,20 @@ def _load(text: str) -> tuple[int, int, list[tuple[int, float]]]:
     isl, osl = map(int, lengths.split("/"))
     items = [item for item in points.split("+") if item]
     return isl, osl, [(0, float(item[:-2])) if item.endswith("/s") else (int(item), 0.0) for item in items]
+
+
+def _loads(text: str) -> list[tuple[int, int, list[tuple[int, float]]]]:
+    try:
+        return [_load(item) for item in _words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ISL/OSL[@N+N+R/s], with commas") from None
+
+
+def _trace(text: str) -> Trace:
+    try:
+        return read_trace(Path(text)).shifted()
+    except (OSError, TraceError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _floats(text: str) -> list[float]:
@@ -52,6 +66,7 @@ def parse(description: str | None) -> argparse.Namespace:
     add("--prefill", type=int, help="how many of them prefill (default: half)")
     add(
         "--loads",
+        type=_loads,
         default="3000/150,500/500,8000/1000",
         metavar="ISL/OSL[@N+N+R/s]",
         help="tokens; after @ requests in flight, or a second, of this one",
@@ -63,7 +78,7 @@ def parse(description: str | None) -> argparse.Namespace:
         help="requests in flight over all GPUs, a point each",
     )
     add("--rates", type=_floats, default=[], help="Poisson, requests/s")
-    add("--trace", type=Path, help="also requests of a trace's lengths at its times, a file that `hocket lab` reads")
+    add("--trace", type=_trace, help="also requests of a trace's lengths at its times, a file that `hocket lab` reads")
     add("--trace-speeds", type=_floats, default=[1.0], help="so many times as fast, a point each")
     add("--trace-warm-s", type=float, default=20.0)
     add("--trace-window-s", type=float, default=60.0)
@@ -115,10 +130,8 @@ def parse(description: str | None) -> argparse.Namespace:
 def _complete(options: argparse.Namespace) -> argparse.Namespace:
     """What follows from the other options."""
     if options.quick:
-        options.loads, options.concurrency, options.budgets = "200/20", [1, 4], options.budgets[:1]
+        options.loads, options.concurrency, options.budgets = _loads("200/20"), [1, 4], options.budgets[:1]
         options.check, options.warm_s, options.window_s = [64, 300], 3.0, 8.0
-    options.loads = [_load(text) for text in _words(options.loads)]
-    options.trace = read_trace(options.trace).shifted() if options.trace else None
     options.gpus = _words(options.gpus) or _all_gpus(options.cpu or not options.systems)
     options.prefill = options.prefill or max(1, len(options.gpus) // 2)
     if "num_local_experts" in SHAPES[options.shape]:
